@@ -1,0 +1,318 @@
+"""Quantizers: EMA codebook, SimVQ and FSQ behind one small contract.
+
+All look codes up in a low-dimensional space (a few channels; Yu et al. 2022, https://arxiv.org/abs/2110.04627), which
+keeps every code in use and gives the diffusion model a compact latent. All start from data: ``calibrate`` is called
+once with the moments of the first batch, and whether it has happened is part of the state, so that a resumed run
+does not start its codebook again.
+
+The arithmetic is fp32 whatever the autocast (fp16 sums over 131 k vectors overflow), in chunks (an N×K distance matrix
+of a 1 M-voxel batch would take gigabytes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from errors import ConfigurationError
+from vq_gan_3d.distributed import all_reduce_sum, rank, world_size
+
+CHUNK_VECTORS = 4096
+
+
+class Quantized(NamedTuple):
+    """What a quantizer returns.
+
+    Attributes:
+        codes: (B, C, D, H, W) quantised code, float32, gradient passed straight through to the input.
+        indices: (B, D, H, W) int64 code numbers.
+        loss: scalar, commitment and codebook terms; zero where the quantizer needs none.
+    """
+
+    codes: Tensor
+    indices: Tensor
+    loss: Tensor
+
+
+@torch.no_grad()
+def nearest_codes(vectors: Tensor, codebook: Tensor, chunk: int = CHUNK_VECTORS) -> Tensor:
+    """Index of the nearest code in Euclidean distance; ties go to the lowest index.
+
+    Shapes: vectors (N, C), codebook (K, C), both float32 -> (N,) int64. Memory above the inputs: chunk x K floats.
+    """
+    half_norms = 0.5 * codebook.square().sum(1)
+    nearest = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
+    for start in range(0, len(vectors), chunk):
+        part = vectors[start : start + chunk]
+        # argmin |z - e|² = argmin |e|²/2 - z·e; addmm writes it in one pass
+        scores = torch.addmm(half_norms, part, codebook.T, alpha=-1)
+        torch.argmin(scores, dim=1, out=nearest[start : start + chunk])
+    return nearest
+
+
+def flatten_channels(z: Tensor) -> Tensor:
+    """(B, C, D, H, W) -> (B*D*H*W, C) float32."""
+    return z.permute(0, 2, 3, 4, 1).reshape(-1, z.shape[1]).float()
+
+
+def unflatten_channels(vectors: Tensor, like: Tensor) -> Tensor:
+    """(B*D*H*W, C) -> (B, C, D, H, W) with the grid of ``like``."""
+    b, _, d, h, w = like.shape
+    return vectors.reshape(b, d, h, w, -1).permute(0, 4, 1, 2, 3)
+
+
+class Quantizer(nn.Module):
+    """Contract of all quantizers.
+
+    Attributes:
+        n_codes: size K of the codebook.
+        code_channels: channels C of the code space.
+        calibrated: whether the quantizer has met data; saved with the weights.
+    """
+
+    calibrated: Tensor
+
+    def __init__(self, n_codes: int, code_channels: int) -> None:
+        super().__init__()
+        self.n_codes = n_codes
+        self.code_channels = code_channels
+        self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
+
+    def calibrate(self, mean: Tensor, covariance: Tensor) -> None:
+        """Place the codes where the data is; mean (C,) and covariance (C, C) of the first global batch, float32."""
+        self.calibrated.fill_(True)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Code vectors of code numbers: (...) int64 -> (..., C) float32."""
+        raise NotImplementedError
+
+    def forward(self, z: Tensor) -> Quantized:
+        """Quantise (B, C, D, H, W) of any float dtype."""
+        raise NotImplementedError
+
+
+def gaussian_codes(n_codes: int, mean: Tensor, covariance: Tensor) -> Tensor:
+    """K codes drawn from the normal distribution with the given moments: (K, C).
+
+    Drawn from a generator of its own, so that every rank and every world size gets the same codes.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(n_codes, len(mean), generator=generator, dtype=torch.float64)
+    jitter = 1e-6 * torch.eye(len(mean), dtype=torch.float64)
+    factor = torch.linalg.cholesky(covariance.double().cpu() + jitter)
+    return (mean.double().cpu() + noise @ factor.T).float().to(mean.device)
+
+
+def pick_vectors(vectors: Tensor, count: int) -> Tensor:
+    """``count`` random vectors of the global batch, those of other ranks as zeros: their sum over ranks is the pick.
+
+    Every rank draws the same numbers (the trainer seeds each step alike on all ranks), so that two processes move a
+    dead code to where one process with the same global batch would. Shapes: (N, C) -> (count, C).
+    """
+    n = len(vectors)
+    picks = torch.randint(n * world_size(), (count,)).to(vectors.device) - n * rank()
+    ours = (picks >= 0) & (picks < n)
+    return torch.where(ours[:, None], vectors[picks.clamp(0, n - 1)], 0.0)
+
+
+class EMACodebook(Quantizer):
+    """Codebook that follows running means of the vectors assigned to it, with restart of dead codes.
+
+    van den Oord et al. 2017, https://arxiv.org/abs/1711.00937, appendix A.1 (equations 6-8); restarts after Dhariwal
+    et al. 2020, https://arxiv.org/abs/2005.00341. Statistics are summed over all ranks.
+
+    Args:
+        n_codes: K.
+        code_channels: C.
+        commitment_weight: β of the commitment loss.
+        decay: γ of the running means.
+        restart_below: a code whose running count falls under this share of the mean count is moved onto a vector of
+            the present batch.
+    """
+
+    codebook: Tensor
+    counts: Tensor
+    sums: Tensor
+
+    def __init__(
+        self,
+        n_codes: int,
+        code_channels: int,
+        commitment_weight: float = 0.25,
+        decay: float = 0.99,
+        restart_below: float = 0.03,
+    ) -> None:
+        super().__init__(n_codes, code_channels)
+        self.commitment_weight = commitment_weight
+        self.decay = decay
+        self.restart_below = restart_below
+        codebook = gaussian_codes(n_codes, torch.zeros(code_channels), torch.eye(code_channels))
+        self.register_buffer("codebook", codebook)
+        self.register_buffer("counts", torch.ones(n_codes))
+        self.register_buffer("sums", codebook.clone())
+
+    def calibrate(self, mean: Tensor, covariance: Tensor) -> None:
+        """See :meth:`Quantizer.calibrate`."""
+        self.codebook.copy_(gaussian_codes(self.n_codes, mean, covariance))
+        self.counts.fill_(1.0)
+        self.sums.copy_(self.codebook)
+        super().calibrate(mean, covariance)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """See :meth:`Quantizer.lookup`."""
+        return F.embedding(indices, self.codebook)
+
+    @torch.no_grad()
+    def _follow(self, vectors: Tensor, indices: Tensor) -> None:
+        """One step of the running means (in place) on vectors (N, C) assigned to ``indices`` (N,)."""
+        counts = torch.bincount(indices, minlength=self.n_codes).float()
+        sums = torch.zeros_like(self.sums).index_add_(0, indices, vectors)
+        candidates = pick_vectors(vectors, self.n_codes)
+        packed = all_reduce_sum(torch.cat([counts[:, None], sums, candidates], dim=1))
+        counts, sums, candidates = packed.split([1, self.code_channels, self.code_channels], dim=1)
+        counts = counts[:, 0]
+        self.counts.lerp_(counts, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        dead = self.counts < self.restart_below * self.counts.mean()
+        self.sums.copy_(torch.where(dead[:, None], candidates * self.counts.mean(), self.sums))
+        self.counts.copy_(torch.where(dead, self.counts.mean(), self.counts))
+        self.codebook.copy_(self.sums / self.counts.clamp_min(1e-5)[:, None])
+
+    def forward(self, z: Tensor) -> Quantized:
+        """See :meth:`Quantizer.forward`; in training mode the codebook moves after the lookup."""
+        with torch.autocast(z.device.type, enabled=False):
+            vectors = flatten_channels(z)  # (N, C)
+            indices = nearest_codes(vectors.detach(), self.codebook)  # (N,)
+            codes = self.lookup(indices)  # (N, C)
+            if self.training:
+                self._follow(vectors.detach(), indices)
+            loss = self.commitment_weight * F.mse_loss(vectors, codes)
+            codes = vectors + (codes - vectors).detach()
+            return Quantized(unflatten_channels(codes, z), indices.view(z.shape[0], *z.shape[2:]), loss)
+
+
+class SimVQ(Quantizer):
+    """Frozen random codebook seen through one trained linear map: all codes move together, none dies.
+
+    Zhu et al. 2024, https://arxiv.org/abs/2411.02038, equations 5-7. The map starts as the Cholesky factor of the
+    data's covariance: with an identity map and unscaled input every vector falls on one code at once.
+
+    Args:
+        n_codes: K.
+        code_channels: C.
+        commitment_weight: β of the commitment loss.
+    """
+
+    frozen_codes: Tensor
+
+    def __init__(self, n_codes: int, code_channels: int, commitment_weight: float = 0.25) -> None:
+        super().__init__(n_codes, code_channels)
+        self.commitment_weight = commitment_weight
+        moments = torch.zeros(code_channels), torch.eye(code_channels)
+        self.register_buffer("frozen_codes", gaussian_codes(n_codes, *moments))
+        self.map = nn.Linear(code_channels, code_channels)
+        with torch.no_grad():
+            self.map.weight.copy_(torch.eye(code_channels))
+            self.map.bias.zero_()
+
+    @torch.no_grad()
+    def calibrate(self, mean: Tensor, covariance: Tensor) -> None:
+        """See :meth:`Quantizer.calibrate`."""
+        jitter = 1e-6 * torch.eye(len(mean), dtype=torch.float64)
+        self.map.weight.copy_(torch.linalg.cholesky(covariance.double().cpu() + jitter))
+        self.map.bias.copy_(mean)
+        super().calibrate(mean, covariance)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """See :meth:`Quantizer.lookup`."""
+        return F.linear(F.embedding(indices, self.frozen_codes), self.map.weight, self.map.bias)
+
+    def forward(self, z: Tensor) -> Quantized:
+        """See :meth:`Quantizer.forward`."""
+        with torch.autocast(z.device.type, enabled=False):
+            vectors = flatten_channels(z)  # (N, C)
+            codebook = F.linear(self.frozen_codes, self.map.weight, self.map.bias)  # (K, C)
+            indices = nearest_codes(vectors.detach(), codebook.detach())  # (N,)
+            codes = F.embedding(indices, codebook)  # (N, C)
+            loss = F.mse_loss(codes, vectors.detach()) + self.commitment_weight * F.mse_loss(vectors, codes.detach())
+            codes = vectors + (codes - vectors).detach()
+            return Quantized(unflatten_channels(codes, z), indices.view(z.shape[0], *z.shape[2:]), loss)
+
+
+class FSQ(Quantizer):
+    """Finite scalar quantisation: each channel is bounded and rounded; the codebook is the grid of all roundings.
+
+    Mentzer et al. 2023, https://arxiv.org/abs/2309.15505, section 3 and appendix A.1. No codebook to learn, no loss.
+
+    Args:
+        levels: levels of each channel; their product is the number of codes.
+    """
+
+    levels: Tensor
+    strides: Tensor
+
+    def __init__(self, levels: Sequence[int]) -> None:
+        if any(level < 2 for level in levels):
+            raise ConfigurationError(f"model.fsq_levels={list(levels)}: every channel needs at least 2 levels")
+        sizes = torch.tensor(list(levels))
+        super().__init__(int(sizes.prod()), len(levels))
+        self.register_buffer("levels", sizes, persistent=False)
+        self.register_buffer("strides", torch.cat([torch.ones(1, dtype=torch.int64), sizes[:-1].cumprod(0)]), False)
+
+    def _bound(self, vectors: Tensor) -> Tensor:
+        """(N, C) -> (N, C), each channel squeezed into (-0.5, level - 0.5): rounding gives 0 ... level-1."""
+        # Bins of equal width, for odd and even levels alike; at a gain of 0.8 a standard normal, as calibration
+        # makes it, is nearly uniform after tanh and fills them equally.
+        return (0.5 * torch.tanh(0.8 * vectors) + 0.5) * self.levels - 0.5
+
+    def _to_codes(self, digits: Tensor) -> Tensor:
+        """Digits 0 ... level-1 -> codes in [-1, 1]."""
+        return digits / (0.5 * (self.levels - 1)) - 1
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """See :meth:`Quantizer.lookup`."""
+        digits = indices[..., None].div(self.strides, rounding_mode="floor") % self.levels
+        return self._to_codes(digits.float())
+
+    def forward(self, z: Tensor) -> Quantized:
+        """See :meth:`Quantizer.forward`."""
+        with torch.autocast(z.device.type, enabled=False):
+            bounded = self._bound(flatten_channels(z))  # (N, C)
+            digits = torch.minimum(bounded.detach().round().clamp_min(0), self.levels - 1)
+            indices = (digits.long() * self.strides).sum(1)  # (N,)
+            codes = self._to_codes(bounded + (digits - bounded).detach())  # (N, C)
+            loss = bounded.new_zeros(())
+            return Quantized(unflatten_channels(codes, z), indices.view(z.shape[0], *z.shape[2:]), loss)
+
+
+def build_quantizer(
+    name: str,
+    n_codes: int,
+    code_channels: int,
+    fsq_levels: Sequence[int],
+    commitment_weight: float,
+    ema_decay: float,
+    restart_below: float,
+) -> Quantizer:
+    """The quantizer that a configuration names: ``ema``, ``simvq`` or ``fsq``.
+
+    Raises:
+        ConfigurationError: unknown name, or FSQ levels that do not give ``n_codes``.
+    """
+    if name == "ema":
+        return EMACodebook(n_codes, code_channels, commitment_weight, ema_decay, restart_below)
+    if name == "simvq":
+        return SimVQ(n_codes, code_channels, commitment_weight)
+    if name == "fsq":
+        quantizer = FSQ(fsq_levels)
+        if quantizer.n_codes != n_codes:
+            product = "×".join(map(str, fsq_levels))
+            raise ConfigurationError(
+                f"model.fsq_levels {product} give {quantizer.n_codes} codes, model.n_codes says {n_codes}: make them agree"
+            )
+        return quantizer
+    raise ConfigurationError(f"model.quantizer={name!r} is unknown: use ema, simvq or fsq")

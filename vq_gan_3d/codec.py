@@ -1,0 +1,238 @@
+"""The codec: volume -> continuous code -> quantised code -> volume, as a plain ``nn.Module``.
+
+Nothing here knows Lightning, Hydra or a training loop: inference, latents and the diffusion model load just this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from errors import ConfigurationError, InputError
+from vq_gan_3d.codebook import Quantized, build_quantizer, flatten_channels
+from vq_gan_3d.distributed import all_reduce_mean
+from vq_gan_3d.encoder_decoder import Decoder, Encoder, Stage, Stride
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """Everything that shapes the codec; plain numbers that travel in every checkpoint.
+
+    Attributes:
+        widths: feature channels of each reducing block, fine to coarse.
+        strides: stride [D, H, W] of each reducing block; the product is the total stride.
+        encoder_blocks: residual blocks of the encoder at each resolution, fine to coarse.
+        decoder_blocks: the same of the decoder.
+        embedding_dim: width of the embedding that the decoder sees.
+        code_channels: channels of the space in which codes are looked up (FSQ: one for each of its levels).
+        n_codes: size of the codebook.
+        quantizer: ``ema``, ``simvq`` or ``fsq``.
+        fsq_levels: levels of each FSQ channel; their product is ``n_codes``.
+        commitment_weight: weight β of the commitment loss (``ema``, ``simvq``).
+        ema_decay: decay of the running means (``ema``).
+        restart_below: share of the mean count under which a code is restarted (``ema``).
+    """
+
+    widths: tuple[int, ...] = (64, 128, 320)
+    strides: tuple[Stride, ...] = ((2, 2, 2), (1, 2, 2), (2, 1, 1))
+    encoder_blocks: tuple[int, ...] = (2, 1, 4)
+    decoder_blocks: tuple[int, ...] = (2, 1, 4)
+    embedding_dim: int = 64
+    code_channels: int = 4
+    n_codes: int = 512
+    quantizer: str = "fsq"
+    fsq_levels: tuple[int, ...] = field(default=(8, 4, 4, 4))
+    commitment_weight: float = 0.25
+    ema_decay: float = 0.99
+    restart_below: float = 0.03
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.widths), len(self.strides), len(self.encoder_blocks), len(self.decoder_blocks)}
+        if len(lengths) != 1:
+            raise ConfigurationError(
+                "model.widths, model.strides, model.encoder_blocks and model.decoder_blocks need one entry for each "
+                f"resolution: they have {len(self.widths)}, {len(self.strides)}, {len(self.encoder_blocks)} and "
+                f"{len(self.decoder_blocks)}"
+            )
+        for stride in self.strides:
+            if len(stride) != 3 or min(stride) < 1:
+                raise ConfigurationError(f"model.strides: {list(stride)} is no stride [D, H, W] of positive integers")
+        if self.quantizer == "fsq" and self.code_channels != len(self.fsq_levels):
+            raise ConfigurationError(
+                f"model.code_channels={self.code_channels}, but model.fsq_levels has {len(self.fsq_levels)} entries: "
+                "FSQ takes one channel for each level"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CodecConfig:
+        """Build from plain containers (lists become tuples); unknown keys are refused by name."""
+        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise ConfigurationError(f"unknown codec setting(s): {', '.join(unknown)}")
+        return cls(**{key: _to_tuple(value) for key, value in values.items()})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain containers for a checkpoint."""
+        return asdict(self)
+
+    @property
+    def total_stride(self) -> Stride:
+        """Voxels per latent cell along D, H, W."""
+        d, h, w = (prod(stride[axis] for stride in self.strides) for axis in range(3))
+        return d, h, w
+
+    def receptive_halo_vox(self) -> tuple[Stride, Stride]:
+        """Halo (D, H, W) in voxels of encoder and decoder: a tile with that much around it equals the whole volume.
+
+        The encoder's says how far beyond the edge of its own cell a latent looks into the volume; the decoder's how
+        far beyond its own cell's edge a latent reaches when decoded. A 3³ convolution adds one step of the grid it
+        lives on; space-to-depth, voxel shuffle and pointwise layers add nothing.
+        """
+
+        def halo(blocks: Sequence[int]) -> Stride:
+            reach, pitch = [0, 0, 0], [1, 1, 1]
+            for level, stride in enumerate(self.strides):
+                pitch = [a * b for a, b in zip(pitch, stride, strict=True)]
+                convolutions = blocks[level] + (1 if level == 0 else 0)  # the stem or the head is one more
+                reach = [a + convolutions * b for a, b in zip(reach, pitch, strict=True)]
+            return reach[0], reach[1], reach[2]
+
+        return halo(self.encoder_blocks), halo(self.decoder_blocks)
+
+
+def _to_tuple(value: Any) -> Any:
+    return tuple(_to_tuple(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+class Reconstruction(NamedTuple):
+    """Output of :meth:`VQCodec.forward`.
+
+    Attributes:
+        volume: (B, 1, D, H, W), unbounded.
+        indices: (B, D/sd, H/sh, W/sw) int64 code numbers.
+        codebook_loss: scalar.
+    """
+
+    volume: Tensor
+    indices: Tensor
+    codebook_loss: Tensor
+
+
+class CodeNorm(nn.Module):
+    """Running standardisation of the code channels, so that the quantizer always meets mean 0 and variance 1.
+
+    Without it the code drifts in the first steps until every voxel falls on one code. Unlike batch norm (Ioffe &
+    Szegedy 2015, https://arxiv.org/abs/1502.03167) the running moments are used in training too and carry no gradient:
+    the codec is the same local function in training and in use.
+    """
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self, channels: int, decay: float = 0.9) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("variance", torch.ones(channels))
+
+    @staticmethod
+    def _moments(code: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (C,) and covariance (C, C) of the global batch."""
+        vectors = flatten_channels(code)  # (N, C)
+        packed = torch.cat([vectors.mean(0)[None], vectors.T @ vectors / len(vectors)])
+        mean, *second = all_reduce_mean(packed)
+        return mean, torch.stack(second) - torch.outer(mean, mean)
+
+    @torch.no_grad()
+    def start(self, code: Tensor) -> Tensor:
+        """Take the moments of this code (B, C, D, H, W) as they are; returns its correlation matrix (C, C)."""
+        mean, covariance = self._moments(code)
+        self.mean.copy_(mean)
+        self.variance.copy_(covariance.diagonal())
+        scale = self.variance.clamp_min(1e-12).rsqrt()
+        return covariance * torch.outer(scale, scale)
+
+    @torch.no_grad()
+    def _follow(self, code: Tensor) -> None:
+        mean, covariance = self._moments(code)
+        finite = mean.isfinite().all() & covariance.isfinite().all()  # a NaN batch must not outlive its step
+        self.mean.copy_(torch.where(finite, self.mean.lerp(mean, 1 - self.decay), self.mean))
+        variance = self.variance.lerp(covariance.diagonal(), 1 - self.decay)
+        self.variance.copy_(torch.where(finite, variance, self.variance))
+
+    def forward(self, code: Tensor) -> Tensor:
+        """(B, C, D, H, W) of any float dtype -> the same shape, float32."""
+        with torch.autocast(code.device.type, enabled=False):
+            if self.training:
+                self._follow(code)
+            scale = self.variance.clamp_min(1e-12).rsqrt()
+            return (code.float() - self.mean.view(-1, 1, 1, 1)) * scale.view(-1, 1, 1, 1)  # (B, C, D, H, W)
+
+
+class VQCodec(nn.Module):
+    """3D VQ-GAN generator: encoder, quantizer, decoder.
+
+    Volumes are (B, 1, D, H, W) in [0, 1] on the HU window, any size divisible by the total stride. Codes are
+    (B, code_channels, D/sd, H/sh, W/sw), one seamless grid whatever the tiles.
+    """
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        self.config = config
+        c = config
+        self.encoder = Encoder(1, c.widths, c.strides, c.encoder_blocks)
+        self.to_code = nn.Conv3d(c.widths[-1], c.code_channels, 1)
+        self.code_norm = CodeNorm(c.code_channels)
+        self.quantizer = build_quantizer(
+            c.quantizer, c.n_codes, c.code_channels, c.fsq_levels, c.commitment_weight, c.ema_decay, c.restart_below
+        )
+        self.to_embedding = nn.Conv3d(c.code_channels, c.embedding_dim, 1)
+        self.decoder = Decoder(1, c.embedding_dim, c.widths, c.strides, c.decoder_blocks)
+        self.to(memory_format=torch.channels_last_3d)
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Recompute each residual block in the backward pass: less memory, about a third more time."""
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.checkpointing = enabled
+
+    def encode(self, volume: Tensor) -> Tensor:
+        """Volume (B, 1, D, H, W) in [0, 1] -> continuous code before quantisation (B, code_channels, d, h, w)."""
+        stride = self.config.total_stride
+        if any(size % step for size, step in zip(volume.shape[2:], stride, strict=True)):
+            raise InputError(
+                f"volume of {list(volume.shape[2:])} voxels [D, H, W] is no multiple of the codec's total stride "
+                f"{list(stride)}: pad it with air and crop the result"
+            )
+        return self.code_norm(self.to_code(self.encoder(volume)))  # (B, code_channels, d, h, w)
+
+    def decode(self, code: Tensor) -> Tensor:
+        """Continuous or quantised code (B, code_channels, d, h, w) -> quantised -> volume (B, 1, D, H, W)."""
+        return self.decode_quantized(self.quantizer(code).codes)
+
+    def decode_indices(self, indices: Tensor) -> Tensor:
+        """Code numbers (B, d, h, w) int64 -> volume (B, 1, D, H, W)."""
+        return self.decode_quantized(self.quantizer.lookup(indices).permute(0, 4, 1, 2, 3))
+
+    def decode_quantized(self, codes: Tensor) -> Tensor:
+        """Quantised code (B, code_channels, d, h, w) -> volume (B, 1, D, H, W), unbounded."""
+        return self.decoder(self.to_embedding(codes))  # (B, 1, D, H, W)
+
+    def forward(self, volume: Tensor) -> Reconstruction:
+        """Reconstruct (B, 1, D, H, W)."""
+        quantized: Quantized = self.quantizer(self.encode(volume))
+        return Reconstruction(self.decode_quantized(quantized.codes), quantized.indices, quantized.loss)
+
+    @torch.no_grad()
+    def calibrate(self, volume: Tensor) -> None:
+        """Start the code space from data: once, on the first global batch (B, 1, D, H, W).
+
+        Moments are averaged over ranks, so every world size starts alike.
+        """
+        correlation = self.code_norm.start(self.to_code(self.encoder(volume)))
+        self.quantizer.calibrate(torch.zeros(self.config.code_channels, device=volume.device), correlation)
