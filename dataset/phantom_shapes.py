@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.interpolate import CubicSpline, PchipInterpolator
+from scipy.interpolate import CubicSpline
 
 Box = tuple[slice, slice, slice]
 
@@ -131,7 +131,7 @@ class Tube:
         at = np.linspace(0.0, along[-1], n)
         bent = CubicSpline(along, points, bc_type="natural")(at) if len(points) > 2 else None
         straight = np.stack([np.interp(at, along, points[:, axis]) for axis in range(3)], axis=1)
-        return cls(name, straight if bent is None else bent, PchipInterpolator(along, radius)(at), flatten_z)
+        return cls(name, straight if bent is None else bent, np.interp(at, along, radius), flatten_z)
 
     def _pieces(self) -> zip[tuple[np.ndarray, np.ndarray, float, float]]:
         return zip(self.points[:-1], self.points[1:], self.radii[:-1], self.radii[1:], strict=True)

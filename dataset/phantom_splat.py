@@ -69,6 +69,9 @@ def splat(segments: Segments, grid: Grid) -> np.ndarray:
     t = (np.arange(len(owner)) - np.repeat(np.cumsum(n_along) - n_along, n_along) + 0.5) / n_along[owner]
     radius = segments.radius_start[owner] * (1 - t) + segments.radius_end[owner] * t
     axis_points = segments.start[owner] * (1 - t[:, None]) + segments.end[owner] * t[:, None]
+    here = (axis_points > origin - radius[:, None] - size) & (axis_points < last + radius[:, None] + size)
+    kept = np.flatnonzero(here.all(axis=1))
+    owner, radius, axis_points = owner[kept], radius[kept], axis_points[kept]
     volume = np.pi * radius**2 * (length / n_along)[owner] / float(np.prod(size))
 
     direction = (segments.end - segments.start) / np.maximum(length, 1e-6)[:, None]
@@ -77,7 +80,7 @@ def splat(segments: Segments, grid: Grid) -> np.ndarray:
     u /= np.linalg.norm(u, axis=1, keepdims=True)
     v = np.cross(direction, u)
 
-    n_disk = np.clip(np.ceil(np.pi * radius**2 / step**2), 1, 600).astype(np.int64)
+    n_disk = np.clip(np.ceil(np.pi * radius**2 / step**2), 1, 4000).astype(np.int64)
     sample = np.repeat(np.arange(len(owner)), n_disk)
     k = np.arange(len(sample)) - np.repeat(np.cumsum(n_disk) - n_disk, n_disk)
     # a sunflower fills the disk evenly; turning it from sample to sample breaks up rays along the vessel

@@ -99,7 +99,7 @@ def lung_points(anatomy: Anatomy, rng: np.random.Generator, n: int) -> dict[str,
     low = np.array([0.0, -98.0 * sy, torso.dome_left_mm - 80.0 * sz])
     high = np.array([142.0 * sx, 92.0 * sy, torso.apex_mm])
     while any(sum(map(len, part)) < n for part in found.values()):
-        points = rng.uniform(low, high, (4 * n, 3))
+        points = rng.uniform(low, high, (2 * n, 3))
         for name, side in (("right", -1.0), ("left", 1.0)):
             there = points * [side, 1.0, 1.0]
             found[name].append(there[anatomy.lung_distance(there) < -2.5])
@@ -110,16 +110,16 @@ def grow_lung_trees(anatomy: Anatomy, rng: np.random.Generator) -> LungTrees:
     """Arteries, bronchi and veins of both lungs, rooted at the hila of the anatomy."""
     patient, hila = anatomy.patient, anatomy.hila
     n = 2**GENERATIONS
-    for_arteries, for_veins = lung_points(anatomy, rng, n), lung_points(anatomy, rng, n)
+    points = lung_points(anatomy, rng, 2 * n)
     arteries, veins, bronchi = [], [], []
     for name, sign in (("right", -1.0), ("left", 1.0)):
         tree, parent = grow_tree(
-            hila[f"artery_{name}"][None], 0.33 * patient.pa_diameter_mm, for_arteries[name][None], rng
+            hila[f"artery_{name}"][None], 0.33 * patient.pa_diameter_mm, points[name][None, :n], rng
         )
         arteries.append(tree)
         side = np.array([-0.35 * sign, 0.85, -0.15])
         bronchi.append(beside(tree, parent, hila[f"airway_{name}"], side / np.linalg.norm(side), 0.72))
-        cloud = for_veins[name]
+        cloud = points[name][n:]
         # an upper and a lower vein share the lung along the oblique fissure
         order = np.argsort(cloud @ [0.0, -0.66, 0.75])[::-1]
         halves = cloud[order].reshape(2, n // 2, 3)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from errors import ConfigurationError, InputError
-from vq_gan_3d.codebook import Quantized, build_quantizer, flatten_channels
-from vq_gan_3d.distributed import all_reduce_mean
+from vq_gan_3d.code_norm import CodeNorm
+from vq_gan_3d.codebook import Quantized, build_quantizer
 from vq_gan_3d.encoder_decoder import Decoder, Encoder, Stage, Stride
 
 
@@ -121,57 +121,6 @@ class Reconstruction(NamedTuple):
     volume: Tensor
     indices: Tensor
     codebook_loss: Tensor
-
-
-class CodeNorm(nn.Module):
-    """Running standardisation of the code channels, so that the quantizer always meets mean 0 and variance 1.
-
-    Without it the code drifts in the first steps until every voxel falls on one code. Unlike batch norm (Ioffe &
-    Szegedy 2015, https://arxiv.org/abs/1502.03167) the running moments are used in training too and carry no gradient:
-    the codec is the same local function in training and in use.
-    """
-
-    mean: Tensor
-    variance: Tensor
-
-    def __init__(self, channels: int, decay: float = 0.9) -> None:
-        super().__init__()
-        self.decay = decay
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("variance", torch.ones(channels))
-
-    @staticmethod
-    def _moments(code: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (C,) and covariance (C, C) of the global batch."""
-        vectors = flatten_channels(code)  # (N, C)
-        packed = torch.cat([vectors.mean(0)[None], vectors.T @ vectors / len(vectors)])
-        mean, *second = all_reduce_mean(packed)
-        return mean, torch.stack(second) - torch.outer(mean, mean)
-
-    @torch.no_grad()
-    def start(self, code: Tensor) -> Tensor:
-        """Take the moments of this code (B, C, D, H, W) as they are; returns its correlation matrix (C, C)."""
-        mean, covariance = self._moments(code)
-        self.mean.copy_(mean)
-        self.variance.copy_(covariance.diagonal())
-        scale = self.variance.clamp_min(1e-12).rsqrt()
-        return covariance * torch.outer(scale, scale)
-
-    @torch.no_grad()
-    def _follow(self, code: Tensor) -> None:
-        mean, covariance = self._moments(code)
-        finite = mean.isfinite().all() & covariance.isfinite().all()  # a NaN batch must not outlive its step
-        self.mean.copy_(torch.where(finite, self.mean.lerp(mean, 1 - self.decay), self.mean))
-        variance = self.variance.lerp(covariance.diagonal(), 1 - self.decay)
-        self.variance.copy_(torch.where(finite, variance, self.variance))
-
-    def forward(self, code: Tensor) -> Tensor:
-        """(B, C, D, H, W) of any float dtype -> the same shape, float32."""
-        with torch.autocast(code.device.type, enabled=False):
-            if self.training:
-                self._follow(code)
-            scale = self.variance.clamp_min(1e-12).rsqrt()
-            return (code.float() - self.mean.view(-1, 1, 1, 1)) * scale.view(-1, 1, 1, 1)  # (B, C, D, H, W)
 
 
 class VQCodec(nn.Module):

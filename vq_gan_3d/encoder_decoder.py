@@ -54,12 +54,12 @@ class ChannelNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, D, H, W) -> the same shape and dtype."""
+        """(B, C, ...) with any number of spatial axes -> the same shape and dtype."""
         # Autocast would widen the output to fp32 on CUDA; the kernel accumulates in fp32 whatever the dtype.
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-            x = F.layer_norm(x.permute(0, 2, 3, 4, 1), weight.shape, weight, bias)  # (B, D, H, W, C)
-        return x.permute(0, 4, 1, 2, 3)  # (B, C, D, H, W)
+            x = F.layer_norm(x.movedim(1, -1), weight.shape, weight, bias)  # (B, ..., C)
+        return x.movedim(-1, 1)  # (B, C, ...)
 
 
 class ResidualBlock(nn.Module):

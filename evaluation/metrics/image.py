@@ -21,8 +21,8 @@ from params import PE_WINDOW
 SSIM_WINDOW_VOX = 11
 SSIM_SIGMA_VOX = 1.5
 SSIM_K1, SSIM_K2 = 0.01, 0.03
-# Voxels handled at a time: five filtered maps of a slab stay near 50 MB.
-_SLAB_VOXELS = 1 << 21
+# Voxels handled at a time: the five filtered maps of an SSIM slab and their temporaries stay near 200 MB.
+_SLAB_VOXELS = 1 << 20
 
 
 def psnr(pred: torch.Tensor, target: torch.Tensor, data_range: float = 1.0) -> float:
@@ -86,8 +86,10 @@ def ssim_3d(pred: torch.Tensor, target: torch.Tensor, data_range: float = 1.0) -
     """Structural similarity, 3D: Wang, Bovik, Sheikh, Simoncelli, IEEE TIP 13(4), 2004, eq. 13, in one more dimension.
 
     Gaussian window 11×11×11, sigma 1.5 voxels, K1 = 0.01, K2 = 0.03, population covariances, mean over positions where
-    the window lies inside the volume. Streamed along depth and separable: beside the inputs it takes some 100 MB for
-    any depth. A volume thinner than 11 gets the largest odd window that fits its shortest axis, with the same sigma.
+    the window lies inside the volume, as in the authors' code and in skimage (torchmetrics pads by reflection and
+    averages the padded border too). Streamed along depth and separable: beside the inputs it takes 200 MB for slices of
+    512×512, whatever the depth. A volume thinner than 11 gets the largest odd window that fits its shortest axis, with
+    the same sigma.
 
     Args:
         pred: (D, H, W) or (C, D, H, W), in [0, 1]; channels are averaged.
@@ -186,7 +188,7 @@ def volume_metrics(pred_unit: torch.Tensor, target_unit: torch.Tensor, window: H
 
 @torch.no_grad()
 def _ssim_channel(pred: torch.Tensor, target: torch.Tensor, data_range: float) -> float:
-    """SSIM of one channel (D, H, W); a carry of the last filtered slices joins one slab to the next."""
+    """SSIM of one channel (D, H, W); the last filtered slices of a slab are carried on to the next."""
     depth, height, width = pred.shape
     size = min(SSIM_WINDOW_VOX, depth, height, width)
     size -= 1 - size % 2
@@ -195,16 +197,20 @@ def _ssim_channel(pred: torch.Tensor, target: torch.Tensor, data_range: float) -
     # Variances do not change with an offset; about the middle of the range E[x²] - E[x]² cancels fewer digits.
     centre = data_range / 2
     slices = max(1, _SLAB_VOXELS // (height * width))
-    filtered = torch.empty(0)
+    # the five maps of the slices that the window still needs, filtered in plane; one buffer, never reallocated
+    buffer = pred.new_empty((5, size - 1 + slices, height - size + 1, width - size + 1), dtype=torch.float32)
+    held = 0
     total = 0.0
     for p, t in zip(pred.split(slices), target.split(slices), strict=True):
         p, t = p.float() - centre, t.float() - centre
-        maps = _filter(_filter(torch.stack((p, t, p * p, t * t, p * t)), kernel, 3), kernel, 2)
-        filtered = torch.cat((filtered, maps), dim=1) if filtered.numel() else maps
-        if filtered.shape[1] < size:
+        for index, values in enumerate((p, t, p * p, t * t, p * t)):
+            buffer[index, held : held + len(p)] = _filter(_filter(values, kernel, 2), kernel, 1)
+        held += len(p)
+        if held < size:
             continue
-        mean_p, mean_t, square_p, square_t, product = _filter(filtered, kernel, 1)
-        filtered = filtered[:, filtered.shape[1] - (size - 1) :].clone()
+        mean_p, mean_t, square_p, square_t, product = (_filter(values[:held], kernel, 0) for values in buffer)
+        buffer[:, : size - 1] = buffer[:, held - size + 1 : held].clone()
+        held = size - 1
         variances = square_p.addcmul_(mean_p, mean_p, value=-1).add_(square_t.addcmul_(mean_t, mean_t, value=-1))
         covariance = product.addcmul_(mean_p, mean_t, value=-1)
         mean_p, mean_t = mean_p.add_(centre), mean_t.add_(centre)

@@ -125,7 +125,7 @@ def test_what_the_predecessor_printed_hides_wrong_hu():
     wrong = target * 0.5 + 0.3
     assert pearson_correlation(wrong, target) == pytest.approx(1, abs=1e-6)
     assert psnr_minmax(wrong, target) > 100
-    assert psnr(wrong, target) < 17
+    assert psnr(wrong, target) < 25
     assert ssim_3d(wrong, target) < 0.95
     assert pearson_correlation(1 - target, target) == pytest.approx(-1, abs=1e-6)
     for flat, other in ((torch.full_like(target, 0.3), target), (target, torch.zeros_like(target))):
@@ -169,8 +169,11 @@ def test_ssim_streamed_equals_whole(slices, monkeypatch):
 def test_ssim_agrees_with_torchmetrics():
     functional = pytest.importorskip("torchmetrics.functional.image")
     pred, target = pair((20, 32, 28))
-    theirs = functional.structural_similarity_index_measure(pred[None, None], target[None, None], data_range=1.0)
-    assert ssim_3d(pred, target) == pytest.approx(float(theirs), abs=1e-4)
+    _, full = functional.structural_similarity_index_measure(
+        pred[None, None], target[None, None], data_range=1.0, return_full_image=True
+    )
+    # torchmetrics pads by reflection and averages the border too; inside it is the same map
+    assert ssim_3d(pred, target) == pytest.approx(float(full[..., 5:-5, 5:-5, 5:-5].mean()), abs=1e-4)
 
 
 def test_ssim_agrees_with_skimage():
@@ -245,13 +248,14 @@ def test_pairs_that_do_not_match(shapes):
 
 MEMORY = """
 import resource, torch
-from evaluation.metrics.image import ssim_3d
+from evaluation.metrics.image import volume_metrics
+from dataset.intensity import HUWindow
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 torch.set_num_threads(1)
-pred, target = torch.rand(160, 384, 384), torch.rand(160, 384, 384)
-ssim_3d(pred[:24], target[:24])
+pred, target = torch.rand(150, 256, 256), torch.rand(150, 256, 256)
+volume_metrics(pred[:50], target[:50], HUWindow())
 before = peak()
-ssim_3d(pred, target)
+volume_metrics(pred, target, HUWindow())
 print(before, peak())
 """
 
@@ -259,4 +263,4 @@ print(before, peak())
 def test_memory_does_not_grow_with_depth():
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=120, check=True)
     before, after = map(float, done.stdout.split())
-    assert after - before < 100, done.stdout  # the two inputs are 94 MB each, five whole maps would be 470
+    assert after - before < 60, done.stdout  # five whole maps of 100 slices more would be 131 MB, and as much again

@@ -1,0 +1,125 @@
+"""When checkpoints are written, under which names, and which of them stay."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from lightning_fabric.plugins import CheckpointIO
+from pytorch_lightning.callbacks import Checkpoint
+
+from vq_gan_3d.callbacks import GracefulStop
+from vq_gan_3d.checkpointing import copy_checkpoint, load_checkpoint, save_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+class VerifiedCheckpointIO(CheckpointIO):
+    """Lightning's checkpoint traffic through our atomic, verified files."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write atomically, with a checksum."""
+        save_checkpoint(Path(path), checkpoint)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
+        """Verify, then load tensors and plain containers only."""
+        return load_checkpoint(Path(path), map_location or "cpu")
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete a checkpoint that is no longer wanted."""
+        Path(path).unlink(missing_ok=True)
+
+
+class CheckpointKeeper(Checkpoint):
+    """Writes ``epoch_05_step_0100.ckpt``, ``last.ckpt``, ``best.ckpt`` and ``final.ckpt``.
+
+    Everything is saved at the boundary of an optimizer step, so that resuming repeats no gradient and loses none.
+    Names hold neither ``=`` nor ``/``: both break ``ckpt_path=`` on a command line.
+
+    Args:
+        folder: where they go.
+        every_n_epochs: a named checkpoint at the end of every n-th epoch; all of these are kept.
+        every_n_steps: one every n batches besides; 0 for none.
+        keep_step_checkpoints: how many of the latter are kept.
+        accumulate: batches per optimizer step.
+        graceful_stop: told to stop, the run saves here and ends.
+        monitor: validation metric, larger is better, that decides ``best.ckpt``.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        every_n_epochs: int,
+        every_n_steps: int,
+        keep_step_checkpoints: int,
+        accumulate: int,
+        graceful_stop: GracefulStop,
+        monitor: str = "val/psnr_db",
+    ) -> None:
+        self.folder = folder
+        self.every_n_epochs = every_n_epochs
+        self.every_n_steps = every_n_steps
+        self.keep_step_checkpoints = keep_step_checkpoints
+        self.accumulate = accumulate
+        self.graceful_stop = graceful_stop
+        self.monitor = monitor
+        self.best = float("-inf")
+        self._due = False
+        self._step_files: list[str] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a restart."""
+        return {"best": self.best, "step_files": list(self._step_files)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore."""
+        self.best = state_dict["best"]
+        self._step_files = list(state_dict["step_files"])
+
+    def _save_numbered(self, trainer: pl.Trainer, steps: int, keep: bool) -> Path:
+        epoch = trainer.current_epoch + 1 if trainer.is_last_batch else trainer.current_epoch
+        path = self.folder / f"epoch_{epoch:02d}_step_{steps:04d}.ckpt"
+        if not keep:
+            self._step_files.append(path.name)
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            copy_checkpoint(path, self.folder / "last.ckpt")
+            log.info("saved %s", path)
+            while len(self._step_files) > self.keep_step_checkpoints:
+                (self.folder / self._step_files.pop(0)).unlink(missing_ok=True)
+        return path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """Save what is due, at the next boundary of an optimizer step."""
+        steps = int(pl_module.steps)
+        end_of_epoch = trainer.is_last_batch and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        self._due |= end_of_epoch or (self.every_n_steps > 0 and steps % self.every_n_steps == 0)
+        if steps % self.accumulate:
+            return
+        stop = self.graceful_stop.requested(pl_module.device)
+        if self._due or stop:
+            self._due = False
+            path = self._save_numbered(trainer, steps, keep=end_of_epoch)
+            if stop:
+                raise self.graceful_stop.error(str(path))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the best so far; a validation that was cut short decides nothing."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if self.graceful_stop.requested(pl_module.device):
+            raise self.graceful_stop.error(str(self._save_numbered(trainer, int(pl_module.steps), keep=False)))
+        score = trainer.callback_metrics.get(self.monitor)
+        if score is not None and float(score) > self.best:
+            self.best = float(score)
+            trainer.save_checkpoint(self.folder / "best.ckpt")
+            log.info("saved %s (%s %.3f)", self.folder / "best.ckpt", self.monitor, self.best)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the end, raw and averaged weights alike, so that a longer run can go on from here."""
+        trainer.save_checkpoint(self.folder / "final.ckpt")
+        if trainer.is_global_zero:
+            copy_checkpoint(self.folder / "final.ckpt", self.folder / "last.ckpt")
+            log.info("saved %s", self.folder / "final.ckpt")
