@@ -51,6 +51,15 @@ def comparison_panel(
         error_range_hu=error_range_hu,
         tile_px=tile_px,
     )
+    save_panel(image, path)
+
+
+def save_panel(image: np.ndarray, path: str | os.PathLike[str]) -> None:
+    """Write uint8 (height, width, 3) as PNG, atomically.
+
+    Raises:
+        StorageError: the disk refuses.
+    """
     with atomic_write(path) as handle:
         Image.fromarray(image).save(handle, format="PNG")
 

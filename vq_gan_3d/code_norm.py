@@ -1,4 +1,4 @@
-"""Standardisation of the code channels by running moments: local in use, and no drift in training."""
+"""Whitening of the code by running moments: local in use, and no drift in training."""
 
 from __future__ import annotations
 
@@ -10,48 +10,52 @@ from torch import Tensor, nn
 from vq_gan_3d.distributed import all_reduce_mean
 
 
-def _per_channel(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1, 1)
-
-
-def _moments(code: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (C,) and covariance (C, C) of a code (B, C, D, H, W) over the global batch."""
-    vectors = code.movedim(1, -1).flatten(0, -2)  # (N, C)
+def _moments(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (C,) and covariance (C, C) of vectors (N, C) over the global batch."""
     packed = all_reduce_mean(torch.cat([vectors.mean(0)[None], vectors.T @ vectors / len(vectors)]))
-    mean, second = packed[0], packed[1:]
-    return mean, second - torch.outer(mean, mean)
+    return packed[0], packed[1:] - torch.outer(packed[0], packed[0])
 
 
-class _Renormalise(torch.autograd.Function):
+def _whitening(covariance: Tensor) -> Tensor:
+    """Inverse Cholesky factor W (C, C): W covariance Wᵀ = 1. Floored, since a batch of pure air has no spread."""
+    eye = torch.eye(len(covariance), device=covariance.device)
+    floor = 1e-4 * covariance.diagonal().mean().clamp_min(1e-8)
+    factor, _ = torch.linalg.cholesky_ex(covariance + floor * eye)
+    return torch.linalg.solve_triangular(factor, eye, upper=False)
+
+
+class _Whiten(torch.autograd.Function):
     """Forward with running moments, backward as if the batch's own moments had been used.
 
-    Batch Renormalization, Ioffe 2017, https://arxiv.org/abs/1702.03275, equations 3-6: the gradient loses its
-    components that shift or scale a whole channel, and with them the drift that pushes all codes to one side.
+    The idea of Batch Renormalization (Ioffe 2017, https://arxiv.org/abs/1702.03275, equations 3-6) carried over to
+    whitening: the gradient loses what shifts, scales or correlates channels as a whole, and with it the drift that
+    pushes all codes to one side.
     """
 
     @staticmethod
-    def forward(ctx: Any, code: Tensor, running: Tensor, batch: Tensor) -> Tensor:
-        """(B, C, D, H, W), running and batch moments (2, C) as mean and standard deviation."""
-        ctx.save_for_backward(code, running, batch)
-        return (code - _per_channel(running[0])) / _per_channel(running[1])
+    def forward(ctx: Any, vectors: Tensor, mean: Tensor, whitening: Tensor, own: Tensor) -> Tensor:
+        """Vectors (N, C), running mean (C,) and whitening (C, C), the batch's own standardised vectors (N, C)."""
+        ctx.save_for_backward(whitening, own)
+        return (vectors - mean) @ whitening.T  # (N, C)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        """Gradient of the code, orthogonal to shift and scale of each channel over the global batch."""
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """Project out the mean and the symmetric part of E[z gᵀ] over the global batch; rotations stay free."""
         (gradient,) = gradients
-        code, running, batch = ctx.saved_tensors
-        own = (code - _per_channel(batch[0])) / _per_channel(batch[1])  # the batch's own standardisation
-        axes = (0, 2, 3, 4)
-        shift, scale = all_reduce_mean(torch.stack([gradient.mean(axes), (gradient * own).mean(axes)]))
-        projected = gradient - _per_channel(shift) - own * _per_channel(scale)
-        return projected / _per_channel(running[1]), None, None
+        whitening, own = ctx.saved_tensors
+        packed = all_reduce_mean(torch.cat([gradient.mean(0)[None], own.T @ gradient / len(gradient)]))
+        shift, cross = packed[0], packed[1:]
+        projected = gradient - shift - own @ (0.5 * (cross + cross.T))
+        return projected @ whitening, None, None, None
 
 
 class CodeNorm(nn.Module):
-    """Running standardisation of the code channels, so that the quantizer always meets mean 0 and variance 1.
+    """Running whitening of the code channels: the quantizer always meets mean 0 and covariance 1.
 
-    The forward pass uses running moments in training and in use alike, so the codec stays one local function (a patch
-    of air is not stretched to variance 1).
+    Quantizers can so start from standard normal codes, their channels share the work, and the latents of the diffusion
+    model come out standardised. The first training batch sets the moments; they are buffers, so a resumed run goes on
+    with them. The forward pass uses running moments in training and in use alike, so the codec stays one local
+    function (a patch of air is not stretched to variance 1).
 
     Args:
         channels: C.
@@ -59,39 +63,35 @@ class CodeNorm(nn.Module):
     """
 
     mean: Tensor
-    variance: Tensor
+    covariance: Tensor
+    started: Tensor
 
     def __init__(self, channels: int, decay: float = 0.9) -> None:
         super().__init__()
         self.decay = decay
         self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("variance", torch.ones(channels))
-
-    def _std(self) -> Tensor:
-        return self.variance.clamp_min(1e-8).sqrt()
+        self.register_buffer("covariance", torch.eye(channels))
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool))
 
     @torch.no_grad()
-    def start(self, code: Tensor) -> Tensor:
-        """Take the moments of this code (B, C, D, H, W) as they are; returns its correlation matrix (C, C)."""
-        mean, covariance = _moments(code.float())
-        self.mean.copy_(mean)
-        self.variance.copy_(covariance.diagonal())
-        return covariance / torch.outer(self._std(), self._std())
+    def _follow(self, mean: Tensor, covariance: Tensor) -> None:
+        rate = torch.where(self.started, 1 - self.decay, 1.0)
+        finite = mean.isfinite().all() & covariance.isfinite().all()  # a NaN batch must not outlive its step
+        self.mean.copy_(torch.where(finite, self.mean.lerp(mean, rate), self.mean))
+        self.covariance.copy_(torch.where(finite, self.covariance.lerp(covariance, rate), self.covariance))
+        self.started.logical_or_(finite)
 
     def forward(self, code: Tensor) -> Tensor:
         """(B, C, D, H, W) of any float dtype -> the same shape, float32."""
         with torch.autocast(code.device.type, enabled=False):
-            code = code.float()
-            if not self.training:
-                return (code - _per_channel(self.mean)) / _per_channel(self._std())
-            with torch.no_grad():
-                mean, covariance = _moments(code)
-                variance = covariance.diagonal()
-                # a NaN batch must not outlive its step
-                finite = mean.isfinite().all() & variance.isfinite().all()
-                self.mean.copy_(torch.where(finite, self.mean.lerp(mean, 1 - self.decay), self.mean))
-                self.variance.copy_(torch.where(finite, self.variance.lerp(variance, 1 - self.decay), self.variance))
-                # a batch of pure air has no spread of its own: floor it, or the projection divides by zero
-                std = torch.maximum(variance, 1e-2 * self.variance).clamp_min(1e-8).sqrt()
-            running = torch.stack([self.mean, self._std()])
-            return _Renormalise.apply(code, running, torch.stack([mean, std]))  # (B, C, D, H, W)
+            vectors = code.float().movedim(1, -1)  # (B, D, H, W, C)
+            grid, vectors = vectors.shape, vectors.flatten(0, -2)  # (N, C)
+            if self.training:
+                with torch.no_grad():
+                    mean, covariance = _moments(vectors)
+                    self._follow(mean, covariance)
+                    own = (vectors - mean) @ _whitening(covariance.lerp(self.covariance, 0.01)).T
+                white = _Whiten.apply(vectors, self.mean.clone(), _whitening(self.covariance), own)
+            else:
+                white = (vectors - self.mean) @ _whitening(self.covariance).T
+            return white.view(grid).movedim(-1, 1)  # (B, C, D, H, W)

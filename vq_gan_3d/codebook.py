@@ -1,9 +1,8 @@
 """Quantizers: EMA codebook, SimVQ and FSQ behind one small contract.
 
 All look codes up in a low-dimensional space (a few channels; Yu et al. 2022, https://arxiv.org/abs/2110.04627), which
-keeps every code in use and gives the diffusion model a compact latent. All start from data: ``calibrate`` is called
-once with the moments of the first batch, and whether it has happened is part of the state, so that a resumed run
-does not start its codebook again.
+keeps every code in use and gives the diffusion model a compact latent. All expect whitened input (see ``code_norm``),
+so that codes drawn from a standard normal lie where the data is from the first step on.
 
 The arithmetic is fp32 whatever the autocast (fp16 sums over 131 k vectors overflow), in chunks (an N×K distance matrix
 of a 1 M-voxel batch would take gigabytes).
@@ -71,20 +70,12 @@ class Quantizer(nn.Module):
     Attributes:
         n_codes: size K of the codebook.
         code_channels: channels C of the code space.
-        calibrated: whether the quantizer has met data; saved with the weights.
     """
-
-    calibrated: Tensor
 
     def __init__(self, n_codes: int, code_channels: int) -> None:
         super().__init__()
         self.n_codes = n_codes
         self.code_channels = code_channels
-        self.register_buffer("calibrated", torch.zeros((), dtype=torch.bool))
-
-    def calibrate(self, mean: Tensor, covariance: Tensor) -> None:
-        """Place the codes where the data is; mean (C,) and covariance (C, C) of the first global batch, float32."""
-        self.calibrated.fill_(True)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Code vectors of code numbers: (...) int64 -> (..., C) float32."""
@@ -95,16 +86,9 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
 
-def gaussian_codes(n_codes: int, mean: Tensor, covariance: Tensor) -> Tensor:
-    """K codes drawn from the normal distribution with the given moments: (K, C).
-
-    Drawn from a generator of its own, so that every rank and every world size gets the same codes.
-    """
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(n_codes, len(mean), generator=generator, dtype=torch.float64)
-    jitter = 1e-6 * torch.eye(len(mean), dtype=torch.float64)
-    factor = torch.linalg.cholesky(covariance.double().cpu() + jitter)
-    return (mean.double().cpu() + noise @ factor.T).float().to(mean.device)
+def normal_codes(n_codes: int, code_channels: int) -> Tensor:
+    """Standard normal codes (K, C), from a generator of their own: the same on every rank and for every seed."""
+    return torch.randn(n_codes, code_channels, generator=torch.Generator().manual_seed(0))
 
 
 def pick_vectors(vectors: Tensor, count: int) -> Tensor:
@@ -150,17 +134,10 @@ class EMACodebook(Quantizer):
         self.commitment_weight = commitment_weight
         self.decay = decay
         self.restart_below = restart_below
-        codebook = gaussian_codes(n_codes, torch.zeros(code_channels), torch.eye(code_channels))
+        codebook = normal_codes(n_codes, code_channels)
         self.register_buffer("codebook", codebook)
         self.register_buffer("counts", torch.ones(n_codes))
         self.register_buffer("sums", codebook.clone())
-
-    def calibrate(self, mean: Tensor, covariance: Tensor) -> None:
-        """See :meth:`Quantizer.calibrate`."""
-        self.codebook.copy_(gaussian_codes(self.n_codes, mean, covariance))
-        self.counts.fill_(1.0)
-        self.sums.copy_(self.codebook)
-        super().calibrate(mean, covariance)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """See :meth:`Quantizer.lookup`."""
@@ -198,8 +175,8 @@ class EMACodebook(Quantizer):
 class SimVQ(Quantizer):
     """Frozen random codebook seen through one trained linear map: all codes move together, none dies.
 
-    Zhu et al. 2024, https://arxiv.org/abs/2411.02038, equations 5-7. The map starts as the Cholesky factor of the
-    data's covariance: with an identity map and unscaled input every vector falls on one code at once.
+    Zhu et al. 2024, https://arxiv.org/abs/2411.02038, equations 5-7. The map starts as the identity, which fits since
+    the input is whitened: on unscaled input every vector falls on one code at once.
 
     Args:
         n_codes: K.
@@ -212,20 +189,11 @@ class SimVQ(Quantizer):
     def __init__(self, n_codes: int, code_channels: int, commitment_weight: float = 0.25) -> None:
         super().__init__(n_codes, code_channels)
         self.commitment_weight = commitment_weight
-        moments = torch.zeros(code_channels), torch.eye(code_channels)
-        self.register_buffer("frozen_codes", gaussian_codes(n_codes, *moments))
+        self.register_buffer("frozen_codes", normal_codes(n_codes, code_channels))
         self.map = nn.Linear(code_channels, code_channels)
         with torch.no_grad():
             self.map.weight.copy_(torch.eye(code_channels))
             self.map.bias.zero_()
-
-    @torch.no_grad()
-    def calibrate(self, mean: Tensor, covariance: Tensor) -> None:
-        """See :meth:`Quantizer.calibrate`."""
-        jitter = 1e-6 * torch.eye(len(mean), dtype=torch.float64)
-        self.map.weight.copy_(torch.linalg.cholesky(covariance.double().cpu() + jitter))
-        self.map.bias.copy_(mean)
-        super().calibrate(mean, covariance)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """See :meth:`Quantizer.lookup`."""
@@ -265,7 +233,7 @@ class FSQ(Quantizer):
 
     def _bound(self, vectors: Tensor) -> Tensor:
         """(N, C) -> (N, C), each channel squeezed into (-0.5, level - 0.5): rounding gives 0 ... level-1."""
-        # Bins of equal width, for odd and even levels alike; at a gain of 0.8 a standard normal, as calibration
+        # Bins of equal width, for odd and even levels alike; at a gain of 0.8 a standard normal, as whitening
         # makes it, is nearly uniform after tanh and fills them equally.
         return (0.5 * torch.tanh(0.8 * vectors) + 0.5) * self.levels - 0.5
 

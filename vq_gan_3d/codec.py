@@ -176,12 +176,3 @@ class VQCodec(nn.Module):
         """Reconstruct (B, 1, D, H, W)."""
         quantized: Quantized = self.quantizer(self.encode(volume))
         return Reconstruction(self.decode_quantized(quantized.codes), quantized.indices, quantized.loss)
-
-    @torch.no_grad()
-    def calibrate(self, volume: Tensor) -> None:
-        """Start the code space from data: once, on the first global batch (B, 1, D, H, W).
-
-        Moments are averaged over ranks, so every world size starts alike.
-        """
-        correlation = self.code_norm.start(self.to_code(self.encoder(volume)))
-        self.quantizer.calibrate(torch.zeros(self.config.code_channels, device=volume.device), correlation)

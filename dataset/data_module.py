@@ -1,0 +1,124 @@
+"""The data of a training run: cohort, split, preparation and loaders, in one place for all trainers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+
+from dataset.sampler import ResumableSampler
+from dataset.sources import Size, VolumeSource, manifest, prepare_all
+from dataset.splits import split_patients
+from dataset.volume_dataset import VolumeDataset, collate
+from errors import ConfigurationError, InputError
+
+
+class VolumeDataModule(pl.LightningDataModule):
+    """Volumes split by patient, prepared once by one process, loaded by all.
+
+    Args:
+        sources: the cohort.
+        size_dhw: every volume is resampled whole to this size; None keeps native grids.
+        patch_dhw: training takes random patches of this size; None takes whole volumes.
+        patches_per_volume: patches drawn from each volume in an epoch.
+        validation_fraction: share of patients held out, by hash.
+        validation: names of held-out patients, instead of the hash.
+        cache: folder for prepared volumes.
+        batch_size: per process.
+        num_workers: loader processes.
+        worker_timeout_s: a worker that is silent for longer ends the run.
+        seed: of order and positions.
+        max_bad_fraction: share of volumes that may be unreadable.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[VolumeSource],
+        *,
+        size_dhw: Size | None,
+        patch_dhw: Size | None,
+        patches_per_volume: int,
+        validation_fraction: float,
+        validation: Sequence[str],
+        cache: Path,
+        batch_size: int,
+        num_workers: int,
+        worker_timeout_s: float,
+        seed: int,
+        max_bad_fraction: float,
+    ) -> None:
+        super().__init__()
+        self.manifest = manifest(sources)
+        self.size_dhw, self.patch_dhw = size_dhw, patch_dhw
+        self.patches_per_volume = patches_per_volume
+        self.cache = cache
+        self.batch_size, self.num_workers, self.worker_timeout_s = batch_size, num_workers, worker_timeout_s
+        self.seed = seed
+        self.max_bad_fraction = max_bad_fraction
+        training, held_out = split_patients((s.patient for s in sources), validation_fraction, validation)
+        self.sources = {
+            "training": [source for source in sources if source.patient in training],
+            "validation": [source for source in sources if source.patient in held_out],
+        }
+        self.bad: dict[str, str] = {}
+        self.datasets: dict[str, VolumeDataset] = {}
+        self.sampler: ResumableSampler | None = None
+
+    def build(self, rank: int, world_size: int) -> ResumableSampler:
+        """Prepare all volumes and the training order; the cache makes it cheap for the second process.
+
+        Raises:
+            InputError: too many volumes cannot be read.
+            ConfigurationError: fewer training samples than one global batch.
+        """
+        for split, sources in self.sources.items():
+            volumes, failed = prepare_all(sources, self.size_dhw, self.cache, f"{split} volumes")
+            self.bad |= failed
+            if not volumes or len(failed) > self.max_bad_fraction * len(sources):
+                raise InputError(
+                    f"{len(failed)} of {len(sources)} {split} volumes cannot be read, more than "
+                    f"dataset.max_bad_fraction={self.max_bad_fraction}; the first: {next(iter(failed.values()))}"
+                )
+            train = split == "training"
+            self.datasets[split] = VolumeDataset(
+                volumes,
+                self.patch_dhw,
+                random=train,
+                patches_per_volume=self.patches_per_volume if train else 1,
+                seed=self.seed,
+            )
+        count = len(self.datasets["training"])
+        self.sampler = ResumableSampler(count, self.batch_size, self.seed, rank, world_size)
+        if self.sampler.batches == 0:
+            raise ConfigurationError(
+                f"{count} training samples do not fill one batch of {self.batch_size} × {world_size} process(es): "
+                "lower training.batch_size or add volumes"
+            )
+        return self.sampler
+
+    def _loader(self, split: str, **options: Any) -> DataLoader[dict[str, Any]]:
+        return DataLoader(
+            self.datasets[split],
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+            timeout=self.worker_timeout_s if self.num_workers > 0 else 0,
+            # loaders draw a seed for their workers; from a generator of their own it does not disturb ours
+            generator=torch.Generator(),
+            **options,
+        )
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Loader of training batches."""
+        return self._loader("training", batch_size=self.batch_size, sampler=self.sampler, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Loader of held-out volumes, one at a time; every rank takes its share."""
+        assert self.sampler is not None
+        share = range(self.sampler.rank, len(self.datasets["validation"]), self.sampler.world_size)
+        return self._loader("validation", batch_size=1, sampler=list(share))

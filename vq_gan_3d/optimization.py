@@ -1,0 +1,81 @@
+"""Manual optimisation: schedule, accumulation, clipping and the guard against non-finite gradients."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING, Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from errors import DivergedError
+
+if TYPE_CHECKING:
+    from vq_gan_3d.vqgan import OptimizerConfig
+
+log = logging.getLogger(__name__)
+COSINE_FLOOR = 0.05
+
+
+def learning_rate_factor(step: int, config: OptimizerConfig, total_steps: int) -> float:
+    """Factor of the learning rate at batch ``step`` (the first is 1): linear warm-up, then constant or half a cosine."""
+    warmup = min(1.0, step / max(1, config.warmup_steps))
+    if config.lr_schedule == "constant":
+        return warmup
+    progress = min(1.0, step / max(1, total_steps))
+    return warmup * (COSINE_FLOOR + (1 - COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class GuardedOptimizer:
+    """An optimizer with accumulation and clipping that never takes a step with a non-finite gradient.
+
+    Args:
+        name: for messages.
+        module: the module whose ``manual_backward`` is used.
+        optimizer: Lightning's wrapper of it.
+        accumulate: batches per step.
+        clip: limit of the gradient norm.
+        max_bad_steps: consecutive skipped steps before training has diverged.
+    """
+
+    def __init__(
+        self, name: str, module: pl.LightningModule, optimizer: Any, accumulate: int, clip: float, max_bad_steps: int
+    ) -> None:
+        self.name = name
+        self.module = module
+        self.optimizer = optimizer
+        self.accumulate = accumulate
+        self.clip = clip
+        self.max_bad_steps = max_bad_steps
+        self.bad_steps = 0
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one batch of the window."""
+        self.module.manual_backward(loss / self.accumulate)
+
+    def step(self, learning_rate: float) -> Tensor:
+        """Clip, step and clear; returns the gradient norm before clipping.
+
+        Raises:
+            DivergedError: too many consecutive steps had non-finite gradients.
+        """
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+        if bool(norm.isfinite()):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+            self.bad_steps = 0
+        else:
+            self.bad_steps += 1
+            steps = int(self.module.steps)  # type: ignore[arg-type]
+            log.warning("step %d: gradients of the %s are not finite, step skipped", steps, self.name)
+            if self.bad_steps >= self.max_bad_steps:
+                raise DivergedError(
+                    f"training diverged: {self.bad_steps} consecutive steps up to {steps} had non-finite gradients; the "
+                    "last checkpoint is sound: lower training.learning_rate and resume with ckpt_path=last"
+                )
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
