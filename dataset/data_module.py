@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,15 @@ from dataset.sources import Size, VolumeSource, manifest, prepare_all
 from dataset.splits import split_patients
 from dataset.volume_dataset import VolumeDataset, collate
 from errors import ConfigurationError, InputError
+
+# After a SIGTERM to the whole process group, so long may the trainer take to its next step boundary and to save.
+WORKER_GRACE_S = 60
+
+
+def _outlive_signals(worker: int) -> None:
+    """Let a worker live while the trainer saves: Ctrl-C, `timeout` and SLURM send their signal to workers as well."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_GRACE_S))
 
 
 class VolumeDataModule(pl.LightningDataModule):
@@ -100,6 +111,25 @@ class VolumeDataModule(pl.LightningDataModule):
             )
         return self.sampler
 
+    @property
+    def batches_in_flight(self) -> int:
+        """Batches that workers hold at a time."""
+        return max(1, 2 * self.num_workers)
+
+    def names_of_training(self, steps: int) -> list[str]:
+        """Names of the volumes that workers are busy with after ``steps`` batches."""
+        assert self.sampler is not None
+        self.sampler.resume_at(steps)
+        volumes = self.datasets["training"].volumes
+        indices = [index for _, index in islice(self.sampler, self.batches_in_flight * self.batch_size)]
+        return list(dict.fromkeys(volumes[index % len(volumes)].name for index in indices))
+
+    def names_of_validation(self) -> list[str]:
+        """Names of this rank's held-out volumes, in order."""
+        assert self.sampler is not None
+        volumes = self.datasets["validation"].volumes
+        return [volume.name for volume in volumes[self.sampler.rank :: self.sampler.world_size]]
+
     def _loader(self, split: str, **options: Any) -> DataLoader[dict[str, Any]]:
         return DataLoader(
             self.datasets[split],
@@ -108,6 +138,7 @@ class VolumeDataModule(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             timeout=self.worker_timeout_s if self.num_workers > 0 else 0,
+            worker_init_fn=_outlive_signals,
             # loaders draw a seed for their workers; from a generator of their own it does not disturb ours
             generator=torch.Generator(),
             **options,

@@ -139,7 +139,12 @@ class PreparedVolume:
             InputError: the cached file is damaged.
         """
         try:
-            return np.load(self.path, mmap_mode="r")
+            voxels = np.load(self.path, mmap_mode="r")
+            if voxels.dtype != np.int16 or voxels.ndim != 3:
+                raise ValueError(f"{voxels.dtype} {voxels.shape} instead of int16 (D, H, W)")
+            if voxels.offset + voxels.nbytes != self.path.stat().st_size:
+                raise ValueError("its length does not fit its shape")
+            return voxels
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{self.path}: cached volume of {self.name} is damaged, delete it ({error})") from error
 
@@ -173,7 +178,11 @@ def prepare(source: VolumeSource, size_dhw: Size | None, cache: Path) -> Prepare
             handle.write(json.dumps({"name": source.name, "affine": affine.tolist()}).encode())
         with atomic_write(voxels) as handle:
             np.save(handle, np.ascontiguousarray(hu))
-    return PreparedVolume(source.name, voxels, np.array(json.loads(record.read_text())["affine"]))
+    try:
+        affine = np.array(json.loads(record.read_text())["affine"], dtype=np.float64).reshape(4, 4)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{record}: cached record of {source.name} is damaged, delete it ({error})") from error
+    return PreparedVolume(source.name, voxels, affine)
 
 
 def prepare_all(

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from dataset.geometry import crop_or_pad
 from dataset.sources import PreparedVolume, Size
-from errors import InputError
+from errors import InputError, ProjectError
 
 
 class VolumeDataset(Dataset[dict[str, Any]]):
@@ -61,6 +61,10 @@ class VolumeDataset(Dataset[dict[str, Any]]):
                 return self._sample(volume, epoch, index) | {"skipped": skipped}
             except InputError as error:
                 skipped.append((volume.name, str(error)))
+            except (ProjectError, MemoryError):
+                raise
+            except Exception as error:  # not what reading may raise: no skip, but the sample must be named
+                raise InputError(f"{volume.path}: {volume.name} failed ({type(error).__name__}: {error})") from error
         raise InputError(f"none of {len(self.volumes)} volumes can be read; the last: {skipped[-1][1]}")
 
     def _sample(self, volume: PreparedVolume, epoch: int, index: int) -> dict[str, Any]:

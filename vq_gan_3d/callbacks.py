@@ -12,8 +12,9 @@ import torch
 from pytorch_lightning.callbacks import Callback, WeightAveraging
 from torch import Tensor
 
-from errors import InputError, TerminatedError
+from errors import ExitCode, InputError, TerminatedError
 from vq_gan_3d.distributed import world_size
+from vq_gan_3d.optimization import steps_of
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,9 @@ class ExponentialMovingAverage(WeightAveraging):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the raw weights alone (Lightning would overwrite them)."""
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Store average and raw weights; buffers of the average are the live ones."""
         assert self._average_model is not None
         for ours, live in zip(self._average_model.module.buffers(), pl_module.buffers(), strict=True):
@@ -57,7 +60,7 @@ class StopAfterSteps(Callback):
         self.max_steps = max_steps
 
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if int(pl_module.steps) >= self.max_steps:
+        if steps_of(pl_module) >= self.max_steps:
             trainer.should_stop = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -69,6 +72,12 @@ class StopAfterSteps(Callback):
         self._check(trainer, pl_module)
 
 
+class InterruptedRunError(TerminatedError):
+    """SIGINT arrived. No KeyboardInterrupt: Lightning turns that into exit code 1."""
+
+    exit_code = ExitCode.SIGINT
+
+
 class GracefulStop(Callback):
     """SIGTERM and the first SIGINT end the run at the next step boundary, after a checkpoint was saved.
 
@@ -78,31 +87,19 @@ class GracefulStop(Callback):
 
     def __init__(self) -> None:
         self.signal_number = 0
-        self._previous: dict[int, Any] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal_number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise InterruptedRunError("interrupted by a second SIGINT: steps since the last checkpoint are lost")
         self.signal_number = number
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take over both signals, Lightning's handler included (it exits 0 without a checkpoint)."""
+        """Take over both signals, Lightning's handler included (it exits 0 without a checkpoint).
+
+        They are ours until the final checkpoint is written: Lightning's teardown puts back all handlers of before.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._handle)
-
-    def restore(self) -> None:
-        """Give the signals back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous.clear()
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the signals back."""
-        self.restore()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
-        self.restore()
+            signal.signal(number, self._handle)
 
     def requested(self, device: torch.device) -> bool:
         """Whether any rank was told to stop; a collective, so call it on all ranks at the same point."""
@@ -120,10 +117,9 @@ class GracefulStop(Callback):
 
     def error(self, checkpoint: str) -> BaseException:
         """What to raise after the checkpoint was saved."""
-        if self.signal_number == signal.SIGINT:
-            log.info("stopped by SIGINT, saved %s", checkpoint)
-            return KeyboardInterrupt()
-        return TerminatedError(f"stopped by SIGTERM, saved {checkpoint}: resume with ckpt_path=last")
+        interrupted = self.signal_number == signal.SIGINT
+        kind, name = (InterruptedRunError, "SIGINT") if interrupted else (TerminatedError, "SIGTERM")
+        return kind(f"stopped by {name}, saved {checkpoint}: resume with ckpt_path=last")
 
 
 class SkipLedger(Callback):
@@ -139,6 +135,7 @@ class SkipLedger(Callback):
         self.total = total
         self.max_fraction = max_fraction
         self.reasons: dict[str, str] = {}
+        self.validation_batch: int | None = None  # the one that validation waits for
         for name, reason in known.items():
             self.add(name, reason)
 
@@ -164,3 +161,19 @@ class SkipLedger(Callback):
         """Collect what the workers reported with the batch."""
         for name, reason in batch["skipped"]:
             self.add(name, reason)
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: dict[str, Any], *args: Any
+    ) -> None:
+        """The same for held-out volumes: one that cannot be read makes the metrics count another one twice."""
+        self.validation_batch = args[0] + 1
+        for name, reason in batch["skipped"]:
+            self.add(name, reason)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From here on held-out volumes are loaded."""
+        self.validation_batch = 0
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """And from here on training samples."""
+        self.validation_batch = None

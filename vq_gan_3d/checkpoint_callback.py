@@ -12,6 +12,7 @@ from pytorch_lightning.callbacks import Checkpoint
 
 from vq_gan_3d.callbacks import GracefulStop
 from vq_gan_3d.checkpointing import copy_checkpoint, load_checkpoint, save_checkpoint
+from vq_gan_3d.optimization import steps_of
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,32 @@ class CheckpointKeeper(Checkpoint):
         self.best = state_dict["best"]
         self._step_files = list(state_dict["step_files"])
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write every checkpoint as if it were saved right after its last batch.
+
+        Lightning resumes differently from checkpoints of a batch's end, of a validation's and of training's, and
+        repeats or leaves out batches after some of them. Where we are follows from the number of batches alone.
+        """
+        steps, batches = steps_of(pl_module), int(trainer.num_training_batches)
+        if steps == 0:
+            return
+        epoch, done = divmod(steps - 1, batches)
+        done += 1
+        checkpoint["epoch"] = epoch
+        loop = checkpoint["loops"]["fit_loop"]
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = steps - 1
+        loop["epoch_loop.batch_progress"] = {
+            "total": {"ready": steps, "started": steps, "processed": steps, "completed": steps - 1},
+            "current": {"ready": done, "started": done, "processed": done, "completed": done - 1},
+            "is_last_batch": done == batches,
+        }
+        epochs = {"ready": epoch + 1, "started": epoch + 1, "processed": epoch, "completed": epoch}
+        loop["epoch_progress"] = {"total": epochs, "current": dict(epochs)}
+        none = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
+        loop["epoch_loop.val_loop.batch_progress"] = {"total": none, "current": dict(none), "is_last_batch": False}
+
     def _save_numbered(self, trainer: pl.Trainer, steps: int, keep: bool) -> Path:
         epoch = trainer.current_epoch + 1 if trainer.is_last_batch else trainer.current_epoch
         path = self.folder / f"epoch_{epoch:02d}_step_{steps:04d}.ckpt"
@@ -93,7 +120,7 @@ class CheckpointKeeper(Checkpoint):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Save what is due, at the next boundary of an optimizer step."""
-        steps = int(pl_module.steps)
+        steps = steps_of(pl_module)
         end_of_epoch = trainer.is_last_batch and (trainer.current_epoch + 1) % self.every_n_epochs == 0
         self._due |= end_of_epoch or (self.every_n_steps > 0 and steps % self.every_n_steps == 0)
         if steps % self.accumulate:
@@ -110,7 +137,7 @@ class CheckpointKeeper(Checkpoint):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if self.graceful_stop.requested(pl_module.device):
-            raise self.graceful_stop.error(str(self._save_numbered(trainer, int(pl_module.steps), keep=False)))
+            raise self.graceful_stop.error(str(self._save_numbered(trainer, steps_of(pl_module), keep=False)))
         score = trainer.callback_metrics.get(self.monitor)
         if score is not None and float(score) > self.best:
             self.best = float(score)

@@ -110,6 +110,7 @@ def copy_checkpoint(source: str | Path, target: str | Path) -> None:
 
 def newest_first(folder: str | Path) -> list[Path]:
     """Checkpoints of a run that training can go on from, newest first."""
+
     def age(path: Path) -> tuple[float, bool]:
         return path.stat().st_mtime, path.name == "last.ckpt"
 

@@ -280,7 +280,7 @@ def build_quantizer(
         if quantizer.n_codes != n_codes:
             product = "×".join(map(str, fsq_levels))
             raise ConfigurationError(
-                f"model.fsq_levels {product} give {quantizer.n_codes} codes, model.n_codes says {n_codes}: make them agree"
+                f"model.fsq_levels {product} give {quantizer.n_codes} codes, model.n_codes={n_codes}: make them agree"
             )
         return quantizer
     raise ConfigurationError(f"model.quantizer={name!r} is unknown: use ema, simvq or fsq")

@@ -142,7 +142,7 @@ class VQCodec(nn.Module):
         )
         self.to_embedding = nn.Conv3d(c.code_channels, c.embedding_dim, 1)
         self.decoder = Decoder(1, c.embedding_dim, c.widths, c.strides, c.decoder_blocks)
-        self.to(memory_format=torch.channels_last_3d)
+        self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     def set_checkpointing(self, enabled: bool) -> None:
         """Recompute each residual block in the backward pass: less memory, about a third more time."""

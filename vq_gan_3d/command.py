@@ -8,17 +8,35 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any, NoReturn
 
 import hydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from errors import ConfigurationError, TerminatedError, one_line, run_command
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise TerminatedError("stopped by SIGTERM before training began: nothing to save")
+    raise TerminatedError("stopped by SIGTERM before or after training: nothing to save")
+
+
+def _find_target(node: Any, path: str = "") -> str | None:
+    """Path of the first ``_target_`` in a configuration."""
+    if isinstance(node, DictConfig):
+        items = [(str(key), value) for key, value in node.items_ex(resolve=False)]
+    elif isinstance(node, ListConfig):
+        items = [(str(index), value) for index, value in enumerate(node._iter_ex(resolve=False))]
+    else:
+        return None
+    for key, value in items:
+        here = f"{path}.{key}" if path else key
+        if key == "_target_":
+            return f"{here}={value}"
+        if found := _find_target(value, here):
+            return found
+    return None
 
 
 def run_training(config_dir: Path, train: Callable[[DictConfig], int]) -> int:
@@ -40,11 +58,20 @@ def run_training(config_dir: Path, train: Callable[[DictConfig], int]) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     codes: list[int] = []
 
+    def refuse(what: str) -> NoReturn:
+        raise ConfigurationError(f"{what}: nothing in a configuration may name code to run")
+
     @hydra.main(version_base="1.3", config_path=str(config_dir), config_name="base_cfg")
     def main(config: DictConfig) -> None:
+        if key := _find_target(config):
+            refuse(key)
         codes.append(train(config))
 
     def command() -> int:
+        # before Hydra reads them: it calls targets below `hydra` on its own, and unpickles for a rerun
+        for argument in sys.argv[1:]:
+            if "_target_" in argument or argument.startswith("--experimental-rerun"):
+                refuse(argument)
         try:
             main()
         except (HydraException, OmegaConfBaseException) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -39,16 +40,14 @@ class PatchDiscriminator(nn.Module):
         # padding 2 of a 4-kernel keeps even slices of 16 voxels alive through all layers
         self.convs = nn.ModuleList(
             conv(before, after, 4, stride=2 if level < layers else 1, padding=2)
-            for level, (before, after) in enumerate(zip(widths, widths[1:], strict=False))
+            for level, (before, after) in enumerate(pairwise(widths))
         )
         self.norms = nn.ModuleList(
             nn.Identity() if level == 0 else ChannelNorm(after) for level, after in enumerate(widths[1:])
         )
         self.head = conv(widths[-1], 1, 4, padding=2)
-        if spatial_dims == 2:
-            self.to(memory_format=torch.channels_last)
-        else:
-            self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        layout = torch.channels_last if spatial_dims == 2 else torch.channels_last_3d
+        self.to(memory_format=layout)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor) -> Verdict:
         """(B, 1, H, W) or (B, 1, D, H, W) -> verdicts on its patches."""

@@ -10,11 +10,13 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
-from torch import Tensor
 
 from dataset.geometry import spacing_mm
 from evaluation.panels import panel_image, save_panel
 from params import MEDIASTINUM_WINDOW
+from vq_gan_3d.callbacks import GracefulStop
+from vq_gan_3d.optimization import steps_of
+from vq_gan_3d.vqgan import VQGAN
 
 
 def log_to_file(path: Path) -> None:
@@ -25,6 +27,11 @@ def log_to_file(path: Path) -> None:
     for handler in list(root.handlers):
         root.removeHandler(handler)
         handler.close()
+    # Hydra's `job_logging: disabled` disables every logger that exists already, ours among them
+    for logger in logging.Logger.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.disabled = False
+    logging.raiseExceptions = False  # a full disk ends the run by its checkpoints, not by tracebacks of the log
     file = logging.FileHandler(path)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     terminal = logging.StreamHandler()
@@ -41,11 +48,13 @@ class CsvLog(Callback):
     Args:
         folder: where the tables go.
         every_n_steps: batches between rows of ``train.csv``.
+        graceful_stop: told to stop, validation is cut short, and its metrics are not those of a whole one.
     """
 
-    def __init__(self, folder: Path, every_n_steps: int) -> None:
+    def __init__(self, folder: Path, every_n_steps: int, graceful_stop: GracefulStop) -> None:
         self.folder = folder
         self.every_n_steps = every_n_steps
+        self.graceful_stop = graceful_stop
 
     def _append(self, table: str, prefix: str, trainer: pl.Trainer, steps: int) -> None:
         if not trainer.is_global_zero:
@@ -74,13 +83,13 @@ class CsvLog(Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """One row of training scalars, now and then."""
-        if int(pl_module.steps) % self.every_n_steps == 0:
-            self._append("train.csv", "train/", trainer, int(pl_module.steps))
+        if steps_of(pl_module) % self.every_n_steps == 0:
+            self._append("train.csv", "train/", trainer, steps_of(pl_module))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """One row of validation metrics."""
-        if not trainer.sanity_checking:
-            self._append("validation.csv", "val/", trainer, int(pl_module.steps))
+        if not trainer.sanity_checking and not self.graceful_stop.signal_number:
+            self._append("validation.csv", "val/", trainer, steps_of(pl_module))
 
 
 class PanelLog(Callback):
@@ -101,12 +110,13 @@ class PanelLog(Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        outputs: Tensor,
+        outputs: Any,
         batch: dict[str, Any],
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
         """Draw one volume."""
+        assert isinstance(pl_module, VQGAN)
         if not trainer.is_global_zero or batch_idx >= self.volumes:
             return
         original = pl_module.window.to_hu(pl_module.window.to_unit(batch["hu"][0, 0])).cpu().numpy()
@@ -114,7 +124,7 @@ class PanelLog(Callback):
         image = panel_image(
             original, reconstruction, spacing_mm(batch["affine"][0].cpu().numpy()), window=MEDIASTINUM_WINDOW
         )
-        steps = int(pl_module.steps)
+        steps = steps_of(pl_module)
         save_panel(image, self.folder / f"step_{steps:04d}_{batch['name'][0]}.png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -122,7 +132,8 @@ class PanelLog(Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Histogram of code use over the whole validation set."""
+        assert isinstance(pl_module, VQGAN)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero and pl_module.usage.counts.any():
                 share = pl_module.usage.counts.double() / pl_module.usage.counts.sum()
-                logger.experiment.add_histogram("val/code_share", share, int(pl_module.steps))
+                logger.experiment.add_histogram("val/code_share", share, steps_of(pl_module))

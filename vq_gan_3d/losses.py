@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vq_gan_3d.discriminators import Verdict
 from vq_gan_3d.distributed import all_reduce_mean
@@ -42,7 +42,7 @@ def feature_matching_loss(real: Sequence[Verdict], fake: Sequence[Verdict]) -> T
     return torch.stack(terms).mean()
 
 
-def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: nn.Parameter) -> Tensor:
+def adaptive_weight(reconstruction_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:
     """λ of Esser et al. 2020, https://arxiv.org/abs/2012.09841, equation 7: the ratio of gradient norms, a scalar.
 
     The gradients at the last layer are averaged over ranks first, so λ belongs to the global batch.

@@ -14,8 +14,13 @@ from torch import Tensor, nn
 from errors import InputError
 
 # Index of each convolution in the published VGG-16's ``features``, by block; pooling lies between blocks.
-VGG16_BLOCKS = (((0, 3, 64), (2, 64, 64)), ((5, 64, 128), (7, 128, 128)), ((10, 128, 256), (12, 256, 256), (14, 256, 256)),
-                ((17, 256, 512), (19, 512, 512), (21, 512, 512)), ((24, 512, 512), (26, 512, 512), (28, 512, 512)))  # fmt: skip
+VGG16_BLOCKS = (
+    ((0, 3, 64), (2, 64, 64)),
+    ((5, 64, 128), (7, 128, 128)),
+    ((10, 128, 256), (12, 256, 256), (14, 256, 256)),
+    ((17, 256, 512), (19, 512, 512), (21, 512, 512)),
+    ((24, 512, 512), (26, 512, 512), (28, 512, 512)),
+)
 # ImageNet statistics folded with LPIPS's input range [-1, 1], as published with its weights.
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
@@ -33,11 +38,14 @@ class LPIPS(nn.Module):
         InputError: the file is missing, unreadable or lacks a tensor.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, weights: str | Path) -> None:
         super().__init__()
         path = Path(weights)
         if not path.is_file():
-            raise InputError(f"{path}: no LPIPS weights there: set model.lpips_weights to a file or model.lpips_weight=0")
+            raise InputError(f"{path}: no LPIPS weights: set model.lpips_weights to a file or model.lpips_weight=0")
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
             self.convs = nn.ModuleList()

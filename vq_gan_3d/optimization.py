@@ -20,12 +20,19 @@ COSINE_FLOOR = 0.05
 
 
 def learning_rate_factor(step: int, config: OptimizerConfig, total_steps: int) -> float:
-    """Factor of the learning rate at batch ``step`` (the first is 1): linear warm-up, then constant or half a cosine."""
+    """Factor of the learning rate at batch ``step`` (the first is 1): linear warm-up, then constant or half cosine."""
     warmup = min(1.0, step / max(1, config.warmup_steps))
     if config.lr_schedule == "constant":
         return warmup
     progress = min(1.0, step / max(1, total_steps))
     return warmup * (COSINE_FLOOR + (1 - COSINE_FLOOR) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def steps_of(module: pl.LightningModule) -> int:
+    """Batches that a module of this project was trained on; it counts them itself, in a buffer."""
+    steps = module.steps
+    assert isinstance(steps, Tensor)
+    return int(steps)
 
 
 class GuardedOptimizer:
@@ -70,12 +77,12 @@ class GuardedOptimizer:
             self.bad_steps = 0
         else:
             self.bad_steps += 1
-            steps = int(self.module.steps)  # type: ignore[arg-type]
+            steps = steps_of(self.module)
             log.warning("step %d: gradients of the %s are not finite, step skipped", steps, self.name)
             if self.bad_steps >= self.max_bad_steps:
                 raise DivergedError(
-                    f"training diverged: {self.bad_steps} consecutive steps up to {steps} had non-finite gradients; the "
-                    "last checkpoint is sound: lower training.learning_rate and resume with ckpt_path=last"
+                    f"training diverged: {self.bad_steps} consecutive steps up to {steps} had non-finite gradients: "
+                    "lower training.learning_rate"
                 )
         self.optimizer.zero_grad(set_to_none=True)
         return norm

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import multiprocessing
 import os
 import warnings
 from pathlib import Path
@@ -14,19 +16,29 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 
+from dataset.atomic import atomic_write
 from dataset.data_module import VolumeDataModule
 from dataset.intensity import HUWindow
 from dataset.sources import PhantomSource, VolumeSource, default_cache, find_nifti
-from errors import ConfigurationError, ExitCode, InputError, MemoryExhaustedError, ProjectError
+from errors import (
+    ConfigurationError,
+    DivergedError,
+    ExitCode,
+    InputError,
+    MemoryExhaustedError,
+    StorageError,
+    one_line,
+)
 from vq_gan_3d.callbacks import ExponentialMovingAverage, GracefulStop, SkipLedger, StopAfterSteps
 from vq_gan_3d.checkpoint_callback import CheckpointKeeper, VerifiedCheckpointIO
 from vq_gan_3d.checkpointing import find_resumable, is_writable, load_checkpoint, newest_first
 from vq_gan_3d.codec import CodecConfig
-from vq_gan_3d.hardware import Hardware, resolve_hardware
+from vq_gan_3d.hardware import Hardware, resolve_hardware, return_memory_early
 from vq_gan_3d.logs import CsvLog, PanelLog, log_to_file
 from vq_gan_3d.vqgan import VQGAN, LossConfig, OptimizerConfig
 
 log = logging.getLogger(__name__)
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 
 
 def data_module(config: DictConfig) -> VolumeDataModule:
@@ -148,8 +160,6 @@ def find_start(config: DictConfig, checkpoints: Path) -> Path | None:
                 f"{checkpoints} holds {len(existing)} checkpoint(s) of an earlier run: resume it with ckpt_path=last, "
                 "or start afresh with overwrite=true or another output_dir"
             )
-        for path in existing:
-            path.unlink()
         return None
     if str(config.ckpt_path) == "last":
         path, rejected = find_resumable(checkpoints)
@@ -166,14 +176,29 @@ def train(config: DictConfig) -> int:
         ProjectError: see its subclasses for what can go wrong, each with an exit code of its own.
     """
     output = Path(config.output_dir).expanduser()
+    try:
+        return _train(config, output)
+    except OSError as error:  # logs, panels and TensorBoard, which write by themselves
+        path = Path(error.filename) if isinstance(error.filename, str) else output
+        if error.errno in _DISK_ERRORS or (error.filename and path.is_relative_to(output)):
+            raise StorageError(
+                f"{path}: not written, {error.strerror}: free space there or choose another output_dir"
+            ) from error
+        raise
+
+
+def _train(config: DictConfig, output: Path) -> int:
     checkpoints = output / "checkpoints"
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0  # other processes start later, when files exist already
     is_writable(checkpoints)
+    if first:
+        log_to_file(output / "logs" / "training.log")
     start = find_start(config, checkpoints) if first else _start_of_first_process()
     if first:
         os.environ["XRAY2CTPA_RESUME"] = str(start or "")
-        log_to_file(output / "logs" / "training.log")
     hardware = resolve_hardware(config.hardware)
+    if config.hardware.checkpointing and hardware.accelerator == "cpu":
+        return_memory_early()
     data = data_module(config)
     module = build_module(config)
     contract = ResumeContract(config, data.manifest, hardware.world_size)
@@ -189,7 +214,11 @@ def train(config: DictConfig) -> int:
     module.total_steps = _total_steps(config, sampler.batches)
     if first:
         describe(module, data, hardware, module.total_steps)
-        OmegaConf.save(config, output / "config.yaml", resolve=True)
+        if start is None:  # overwrite=true: now that nothing is left to be refused
+            for path in [*newest_first(checkpoints), *(output / "logs").glob("*.csv")]:
+                path.unlink()
+        with atomic_write(output / "config.yaml") as handle:
+            handle.write(OmegaConf.to_yaml(config, resolve=True).encode())
     if hardware.compile:
         module.codec.encoder.compile()
         module.codec.decoder.compile()
@@ -198,7 +227,7 @@ def train(config: DictConfig) -> int:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*dataloader is not resumable.*")
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
-        _fit(trainer, module, data, start)
+        _fit(trainer, module, data, start, ledger)
     log.info("done: checkpoints in %s, panels in %s", checkpoints, output / "validation_results")
     return ExitCode.SKIPS if ledger.reasons else ExitCode.OK
 
@@ -242,7 +271,7 @@ def build_trainer(
         *callbacks,
         StopAfterSteps(total_steps),
         stop,
-        CsvLog(output / "logs", config.logger.every_n_steps),
+        CsvLog(output / "logs", config.logger.every_n_steps, stop),
         PanelLog(panels, c.panel_volumes),
         keeper,
     ]
@@ -267,7 +296,7 @@ def build_trainer(
     )
 
 
-def _fit(trainer: pl.Trainer, module: VQGAN, data: VolumeDataModule, start: Path | None) -> None:
+def _fit(trainer: pl.Trainer, module: VQGAN, data: VolumeDataModule, start: Path | None, ledger: SkipLedger) -> None:
     """``trainer.fit`` with the errors of workers and memory told in one line."""
     try:
         trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
@@ -276,21 +305,35 @@ def _fit(trainer: pl.Trainer, module: VQGAN, data: VolumeDataModule, start: Path
             f"out of memory at step {int(module.steps)}: lower training.batch_size or dataset.patch_size, or set "
             "hardware.checkpointing=true"
         ) from error
-    except RuntimeError as error:
-        if isinstance(error, ProjectError) or "DataLoader" not in str(error):
+    except DivergedError as error:
+        last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        resume = f"and resume from {last} with ckpt_path=last, it is sound" if last.exists() else "and start again"
+        raise DivergedError(f"{error} {resume}") from error
+    except SystemExit as error:  # Lightning's answer to a Ctrl-C before our own handler stands
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
+    except Exception as error:
+        if "DataLoader" not in str(error):
             raise
-        batch = _names_of_batch(data, int(module.steps))
-        raise InputError(
-            f"a data worker failed at step {int(module.steps)} on one of {', '.join(batch)}: {error}"
-        ) from error
+        for worker in multiprocessing.active_children():  # one that hangs would also hang our exit
+            worker.kill()
+        raise InputError(_blame_worker(data, int(module.steps), ledger.validation_batch, str(error))) from error
 
 
-def _names_of_batch(data: VolumeDataModule, step: int) -> list[str]:
-    assert data.sampler is not None
-    data.sampler.resume_at(step)
-    keys = [key for key, _ in zip(data.sampler, range(data.batch_size), strict=False)]
-    volumes = data.datasets["training"].volumes
-    return [volumes[index % len(volumes)].name for _, index in keys]
+def _blame_worker(data: VolumeDataModule, steps: int, validation_batch: int | None, message: str) -> str:
+    """One line that names what a failed worker was busy with."""
+    if "DataLoader worker process" in message:  # it raised; the last line of its traceback names the sample
+        return one_line(message.strip().splitlines()[-1].removeprefix("errors.InputError: "))
+    if validation_batch is not None:
+        names = data.names_of_validation()[validation_batch : validation_batch + data.batches_in_flight]
+        where = "validation"
+    else:
+        names, where = data.names_of_training(steps), f"step {steps}"
+    hint = "see whether it can be read at all, or raise training.worker_timeout_s"
+    if "timed out" not in message:
+        hint = "out of memory? lower training.num_workers"
+    return f"a data worker failed in {where} on one of {', '.join(names)} ({one_line(message)}): {hint}"
 
 
 def describe(module: VQGAN, data: VolumeDataModule, hardware: Hardware, steps: int) -> None:
@@ -302,5 +345,3 @@ def describe(module: VQGAN, data: VolumeDataModule, hardware: Hardware, steps: i
         log.info("parameters: %-32s %7.2f M", part, count / 1e6)
     encoder, decoder = module.codec.config.receptive_halo_vox()
     log.info("receptive halo [D, H, W] in voxels: encoder %s, decoder %s", list(encoder), list(decoder))
-
-

@@ -43,7 +43,7 @@ class LossConfig:
 
     discriminator_2d: bool = True
     discriminator_3d: bool = True
-    discriminator_width: int = 64
+    discriminator_width: int = 56
     discriminator_layers: int = 3
     discriminator_loss: str = "hinge"
     discriminator_iter_start: int = 10_000

@@ -25,6 +25,6 @@ class CodeUsage:
         return float((self.counts > 0).double().mean())
 
     def perplexity(self) -> float:
-        """exp of the entropy of the code distribution: 1 (one code) ... n_codes (all equally often)."""
+        """The exponential of the entropy of the code distribution: 1 (one code) ... n_codes (all equally often)."""
         p = self.counts.double() / self.counts.sum().clamp_min(1)
         return float(torch.exp(-torch.special.xlogy(p, p).sum()))

@@ -1,0 +1,39 @@
+# Two commands for a fresh machine: `make demo` and `make test`. Each sets up everything it needs in .venv.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+DEMO := outputs/demo
+# Pins first, so that a CPU-only machine takes the torch it was told to.
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint bench venv clean
+
+venv: $(STAMP)
+
+$(STAMP): requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet -r requirements.txt
+	$(PY) -m pip install --quiet -e '.[dev]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(PY) baseline_256x256x64/train/train_vqgan.py experiment=demo output_dir=$(DEMO) \
+	  $(if $(wildcard $(DEMO)/checkpoints/last.ckpt),ckpt_path=last)
+	$(PY) evaluation/reconstruct.py --run $(DEMO)
+
+test: $(STAMP)
+	$(PY) -m pytest -m 'not slow' -n 2 --durations=5
+
+test-slow: $(STAMP)
+	$(PY) -m pytest -m slow -n 2 --durations=10
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: $(STAMP)
+	$(PY) benchmarks/vqgan.py --json outputs/bench_vqgan.json
+
+clean:
+	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,187 @@
+"""Speed, memory and size of the 3D VQ-GAN, beside the reference plan and MONAI's VQVAE, in one run.
+
+python benchmarks/vqgan.py [--quick] [--json FILE] [--device cuda]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from torch import Tensor, nn
+
+import config as shared_config
+from benchmarks.harness import (
+    PeakMemory,
+    Row,
+    conv_mflop_per_voxel_step,
+    measure_conv_roof,
+    medians,
+    peak_rss_of,
+    print_table,
+    standard_parser,
+    time_interleaved,
+    write_report,
+)
+from benchmarks.peers import monai_step, monai_vqvae, why_no_monai
+from benchmarks.reference import ReferenceVQGAN, fused_adam, reference_step
+from vq_gan_3d.codebook import nearest_codes
+from vq_gan_3d.codec import VQCodec
+from vq_gan_3d.hardware import return_memory_early
+from vq_gan_3d.runner import build_module
+
+PLAIN_CONV_CHANNELS = 128
+MEGABYTE = 1e6
+
+
+def our_module() -> nn.Module:
+    """The LightningModule of the default configuration."""
+    base = Path(next(iter(shared_config.__path__))).parent / "baseline_256x256x64" / "config"
+    with initialize_config_dir(version_base="1.3", config_dir=str(base)):
+        return build_module(compose("base_cfg"))
+
+
+class OurStep(nn.Module):
+    """Our codec in the form that the reference's step takes: (B, 1, D, H, W) -> reconstruction, codebook loss."""
+
+    def __init__(self, checkpointing: bool) -> None:
+        super().__init__()
+        codec = our_module().codec
+        assert isinstance(codec, VQCodec)
+        codec.set_checkpointing(checkpointing)
+        self.codec = codec
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 1, D, H, W) -> (B, 1, D, H, W) and a scalar."""
+        result = self.codec(x)
+        return result.volume, result.codebook_loss
+
+
+def stepper(model: nn.Module, batch: Tensor, dtype: torch.dtype, device: str) -> Callable[[], object]:
+    """One training step of a model on a batch: forward, backward, optimizer."""
+    model, batch = model.to(device).train(), batch.to(device)
+    optimizer = fused_adam(model)
+    return lambda: reference_step(model, optimizer, batch, dtype)
+
+
+def prepare_peak(device: str, batch: int, depth: int, height: int, width: int) -> Callable[[], object]:
+    """A step of ours in bf16 with block checkpointing, after a small one that makes gradients and optimizer state."""
+    if device == "cpu":
+        return_memory_early()  # as the trainer does with hardware.checkpointing=true
+    model = OurStep(checkpointing=True).to(device).train()
+    optimizer = fused_adam(model)
+    reference_step(model, optimizer, torch.rand(1, 1, 16, 32, 32, device=device), torch.bfloat16)
+    for parameter in model.parameters():  # gradients belong to the baseline
+        parameter.grad = torch.zeros_like(parameter)
+    volume = torch.rand(batch, 1, depth, height, width, device=device)
+
+    def step() -> None:
+        with torch.autocast(volume.device.type, torch.bfloat16):
+            reconstruction, loss = model(volume)
+        (torch.nn.functional.l1_loss(reconstruction.float(), volume) + loss).backward()
+        optimizer.step()
+
+    return step
+
+
+def step_rows(device: str, rounds: int, warmup: int) -> list[Row]:
+    """Training steps at 64³, interleaved."""
+    size = 64
+    voxels = size**3
+    torch.manual_seed(0)
+    batch = torch.rand(1, 1, size, size, size)
+    precisions = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    steps: dict[str, Callable[[], object]] = {}
+    for precision, dtype in precisions.items():
+        steps[f"ours {precision}"] = stepper(OurStep(False), batch, dtype, device)
+        steps[f"ours {precision} checkpointed"] = stepper(OurStep(True), batch, dtype, device)
+        steps[f"reference {precision}"] = stepper(ReferenceVQGAN(), batch, dtype, device)
+        if (monai := monai_vqvae()) is not None:
+            model = monai.to(device).train()
+            steps[f"monai {precision}"] = partial(monai_step, model, fused_adam(model), batch.to(device), dtype)
+    seconds = medians(time_interleaved(steps, rounds, warmup))
+    rate = {name: voxels / value / 1e3 for name, value in seconds.items()}
+
+    def row(ours: str, theirs: str, note: str) -> Row:
+        what = f"step 64³ {ours.removeprefix('ours ')}, {note}"
+        return Row.compared(what, rate[ours], "kvoxel/s", rate[theirs], better="higher")
+
+    rows = []
+    for precision in precisions:
+        rows.append(row(f"ours {precision}", f"reference {precision}", "no checkpointing, over reference"))
+        checkpointed = f"ours {precision} checkpointed"
+        rows.append(row(checkpointed, f"reference {precision}", "block checkpointing, over reference"))
+    rows.append(row("ours bf16", "reference fp32", "no checkpointing, over reference fp32"))
+    if (missing := why_no_monai()) is None:
+        rows += [
+            row(f"ours {precision}", f"monai {precision}", "no checkpointing, over MONAI VQVAE")
+            for precision in precisions
+        ]
+    else:
+        print(f"MONAI left out: {missing}")
+    mflop = conv_mflop_per_voxel_step(ReferenceVQGAN())
+    rows.append(Row("reference: MFLOP per voxel and step", mflop, "MFLOP"))
+    rows.append(Row("ours: MFLOP per voxel and step", conv_mflop_per_voxel_step(OurStep(False)), "MFLOP", mflop))
+    for precision, dtype in precisions.items():
+        roof = measure_conv_roof(PLAIN_CONV_CHANNELS, 32, dtype, device)
+        reached = mflop * rate[f"reference {precision}"]  # MFLOP x kvoxel/s = GFLOP/s
+        rows.append(
+            Row(f"reference {precision}: share of a plain convolution", reached, "GFLOP/s", roof, reached / roof)
+        )
+    return rows
+
+
+def memory_rows(device: str, quick: bool) -> list[Row]:
+    """Peak memory of a step above weights, gradients and optimizer state, each in a process of its own."""
+
+    def peak(batch: int, depth: int, height: int, width: int) -> float:
+        return peak_rss_of(prepare_peak, device, batch, depth, height, width, device=device)
+
+    size = 64 if quick else 128
+    rows = [Row(f"peak bytes per voxel, {size}³ bf16, block checkpointing", peak(1, size, size, size) / size**3, "B")]
+    if not quick:
+        rows.append(Row("peak of 1×256×256×64 bf16, block checkpointing", peak(1, 64, 256, 256) / MEGABYTE, "MB"))
+    if device == "cuda":
+        rows.append(Row("peak of 4×256×256×128 bf16, block checkpointing", peak(4, 128, 256, 256) / MEGABYTE, "MB"))
+    return rows
+
+
+def size_rows() -> list[Row]:
+    """Parameters by part."""
+    parts = our_module().parameters_by_part()  # type: ignore[operator]
+    names = {"total": "parameters", "generator": "parameters: generator"}
+    return [Row(names.get(name, f"parameters: {name}"), count / 1e6, "M") for name, count in parts.items()]
+
+
+def codebook_rows(device: str, quick: bool) -> list[Row]:
+    """Lookup of a million vectors among 512 codes."""
+    count = 2**17 if quick else 2**20
+    vectors, codebook = torch.randn(count, 64, device=device), torch.randn(512, 64, device=device)
+    nearest_codes(vectors[:8192], codebook)
+    seconds = medians(time_interleaved({"ours": lambda: nearest_codes(vectors, codebook)}, 3))["ours"]
+    with PeakMemory(device) as memory:
+        nearest_codes(vectors, codebook)
+    what = f"codebook: {count} vectors × 512 codes of 64 channels"
+    return [Row(what, seconds, "s"), Row(f"{what}, memory", memory.bytes / MEGABYTE, "MB")]
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = standard_parser(__doc__ or "")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    arguments = parser.parse_args()
+    rounds, warmup = (1, 0) if arguments.quick else (3, 1)
+    rows = size_rows()
+    rows += memory_rows(arguments.device, arguments.quick)
+    rows += codebook_rows(arguments.device, arguments.quick)
+    rows += step_rows(arguments.device, rounds, warmup)
+    print_table(rows)
+    if arguments.json:
+        write_report(arguments.json, rows, packages=("monai",))
+
+
+if __name__ == "__main__":
+    main()

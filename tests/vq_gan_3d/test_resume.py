@@ -1,0 +1,86 @@
+"""T09–T12: train N = train k, kill, resume to N: equal to the bit, codebook, discriminators, EMA and optimizers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import BASELINE, STATE_KEYS, assert_same_state, kill, run, start, wait_for
+from vq_gan_3d.checkpointing import load_checkpoint
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    first, second = (load_checkpoint(path) for path in (a, b))
+    for key in STATE_KEYS:
+        assert_same_state(first[key], second[key], key)
+    assert int(first["current_model_state"]["steps"]) == int(second["current_model_state"]["steps"])
+
+
+@pytest.mark.parametrize("quantizer", ["fsq", "ema", "simvq"])
+@pytest.mark.parametrize("first_part", [3, 5])  # in the middle, and at the end, of an epoch of 5 batches
+def test_two_parts_equal_one_run(tmp_path: Path, quantizer: str, first_part: int) -> None:
+    if (quantizer, first_part) == ("simvq", 3):
+        pytest.skip("the other five cases cover it")
+    options = [f"model.quantizer={quantizer}", "training.checkpoint_every_n_steps=1"]
+    run(BASELINE, *options, "training.max_steps=8", "output_dir=whole", cwd=tmp_path)
+    run(BASELINE, *options, f"training.max_steps={first_part}", "output_dir=parts", cwd=tmp_path)
+    run(BASELINE, *options, "training.max_steps=8", "output_dir=parts", "ckpt_path=last", cwd=tmp_path)
+    assert_same_run(tmp_path / "whole/checkpoints/final.ckpt", tmp_path / "parts/checkpoints/final.ckpt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_killed_runs_equal_one_run(tmp_path: Path, workers: int) -> None:
+    options = [
+        f"training.num_workers={workers}",
+        "training.checkpoint_every_n_steps=1",
+        "training.max_steps=16",
+        "dataset.patches_per_volume=2",
+        "dataset.patch_size=[16,16,16]",
+        "training.accumulate_grad_batches=2",
+    ]
+    run(BASELINE, *options, "output_dir=whole", cwd=tmp_path)
+    kills = (3, 5, 7, 11, 15)  # five, in one epoch of ten batches and the next
+    for step in kills:
+        resume = ["ckpt_path=last"] if (tmp_path / "parts").exists() else []
+        process = start(BASELINE, *options, "output_dir=parts", *resume, cwd=tmp_path)
+        saved = 2 * (step // 2)
+        epoch = saved // 10
+        wait_for(tmp_path / f"parts/checkpoints/epoch_{epoch:02d}_step_{saved:04d}.ckpt", process)
+        kill(process)
+    run(BASELINE, *options, "output_dir=parts", "ckpt_path=last", cwd=tmp_path)
+    assert_same_run(tmp_path / "whole/checkpoints/final.ckpt", tmp_path / "parts/checkpoints/final.ckpt")
+
+
+@pytest.mark.slow
+def test_best_checkpoint_resumes_exactly(tmp_path: Path) -> None:
+    options = ["training.max_steps=10"]
+    run(BASELINE, *options, "output_dir=whole", cwd=tmp_path)
+    run(BASELINE, "training.max_steps=5", "output_dir=parts", cwd=tmp_path)
+    best = tmp_path / "parts/checkpoints/best.ckpt"
+    assert int(load_checkpoint(best)["current_model_state"]["steps"]) == 5
+    run(BASELINE, *options, "output_dir=rest", f"ckpt_path={best}", cwd=tmp_path)
+    assert_same_run(tmp_path / "whole/checkpoints/final.ckpt", tmp_path / "rest/checkpoints/final.ckpt")
+
+
+def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
+    """T14."""
+    run(BASELINE, "training.max_steps=1", cwd=tmp_path)
+    for override, key in (
+        ("training.seed=1", "training.seed (0 there, 1 here)"),
+        ("training.batch_size=2", "training.batch_size"),
+        ("dataset.n_patients=7", "dataset (volumes)"),
+        ("model.quantizer=ema", "model.quantizer (fsq there, ema here)"),
+    ):
+        result = run(BASELINE, "training.max_steps=2", override, "ckpt_path=last", cwd=tmp_path, check=2)
+        assert key in result.stderr.strip().splitlines()[-1]
+
+
+def test_an_old_run_is_not_overwritten(tmp_path: Path) -> None:
+    run(BASELINE, "training.max_steps=1", cwd=tmp_path)
+    before = (tmp_path / "outputs/checkpoints/final.ckpt").read_bytes()
+    result = run(BASELINE, "training.max_steps=2", cwd=tmp_path, check=2)
+    assert "ckpt_path=last" in result.stderr
+    assert (tmp_path / "outputs/checkpoints/final.ckpt").read_bytes() == before
+    run(BASELINE, "training.max_steps=2", "overwrite=true", cwd=tmp_path)

@@ -1,0 +1,34 @@
+"""Load a trained codec for use: frozen, in evaluation mode, with the HU window it was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dataset.intensity import HUWindow
+from errors import InputError
+from vq_gan_3d.checkpointing import codec_weights, load_checkpoint
+from vq_gan_3d.codec import CodecConfig, VQCodec
+
+
+def load_codec(path: str | Path, device: str | torch.device = "cpu", *, ema: bool = True) -> tuple[VQCodec, HUWindow]:
+    """The codec of a training checkpoint of either sibling.
+
+    Args:
+        path: a checkpoint.
+        device: where to put it.
+        ema: averaged weights (default) or the raw ones.
+
+    Returns:
+        The codec, frozen and in evaluation mode, and its HU window.
+
+    Raises:
+        InputError: missing, damaged, or no checkpoint of the first stage.
+    """
+    checkpoint = load_checkpoint(path)
+    if checkpoint.get("kind") != "vq_gan_3d":
+        raise InputError(f"{path}: no checkpoint of a 3D VQ-GAN")
+    codec = VQCodec(CodecConfig.from_dict(checkpoint["codec"]))
+    codec.load_state_dict(codec_weights(checkpoint, ema=ema))
+    return codec.requires_grad_(False).eval().to(device), HUWindow(**checkpoint["hu_window"])
