@@ -134,9 +134,9 @@ class Anatomy:
         arch = [place([-13, -27, 8]), place([-14, -26, 32]), place([-6, -14, 54]), place([12, 12, 64])]
         descent = [beside_spine(25, z, f) for z, f in ((44, 20), (15, 11), (-60, 15), (-120, 22), (-200, 27))]
         descent.append(beside_spine(3, -330, 30))
-        knots = np.stack([*heart([[12, -19, -36], [0, -22, -16]]), *arch, *descent])
+        course = np.stack([*heart([[12, -19, -36], [0, -22, -16]]), *arch, *descent])
         radii = ao * np.array([0.95, 1.12, 1.0, 1.0, 0.95, 0.86, 0.8, 0.76, 0.72, 0.68, 0.64, 0.6])
-        aorta = Tube.through("aorta", knots, radii)
+        aorta = Tube.through("aorta", course, radii)
         neck = [
             Tube.through(
                 "aorta", place([[-6, -13, 54], [-14, -10, 82], [-26, 0, 110], [-30, 8, 300]]), [7, 6.5, 4.5, 3.5]
@@ -157,10 +157,10 @@ class Anatomy:
                 "superior_vena_cava", place([[-22, -19, 74], [4, -33, 82], [30, -24, 98], [60, -12, 116]]), 5.8 * s
             ),
         ]
-        knots = np.stack(
+        course = np.stack(
             [heart([-28, -8, -62]), *place([[-24, 12, -92], [-22, 24, -130], [-20, 30, -230], [-20, 32, -340]])]
         )
-        inferior = Tube.through("inferior_vena_cava", knots, 10.5 * s)
+        inferior = Tube.through("inferior_vena_cava", course, 10.5 * s)
         veins = []
         for side, roots in ((-1, self.hila["veins_right"]), (1, self.hila["veins_left"])):
             inner = heart([[side * 24 + 4, 12, -12], [side * 24 + 4, 20, -27]])

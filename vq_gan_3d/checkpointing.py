@@ -13,7 +13,7 @@ import pickle
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 
@@ -33,7 +33,7 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """
     with atomic_write(path) as handle:
         hashing = _HashingWriter(handle)
-        torch.save(content, hashing)
+        torch.save(content, cast(BinaryIO, hashing))  # it needs write and flush alone
         handle.write(MAGIC + hashing.digest())
 
 
