@@ -60,14 +60,13 @@ def batches(dataset: VolumeDataset, batch_size: int) -> Iterator[Tensor]:
 
 
 def build(name: str) -> tuple[nn.Module, float, int]:
-    """Model, learning rate and number of codes; ``fsq``, ``ema`` and ``simvq`` are ours."""
+    """Model, learning rate and number of codes; ``fsq``, ``ema:8`` (with that many code channels) … are ours."""
     torch.manual_seed(0)
     if name == "reference":
         return ReferenceVQGAN(), 3e-4, 512
     ours = OurStep(checkpointing=False)
-    settings = ours.codec.config.as_dict() | {"quantizer": name}
-    if name != "fsq":
-        settings["code_channels"] = 8
+    quantizer, _, channels = name.partition(":")
+    settings = ours.codec.config.as_dict() | {"quantizer": quantizer, "code_channels": int(channels or 4)}
     ours.codec = VQCodec(CodecConfig.from_dict(settings))
     return ours, 4e-4, ours.codec.config.n_codes
 
@@ -124,7 +123,7 @@ def main() -> None:
     parser = standard_parser(__doc__ or "")
     parser.add_argument("--data", help="folder of NIfTI (default: phantoms)")
     parser.add_argument("--validation", nargs="*", default=[], help="names of held-out patients")
-    parser.add_argument("--models", nargs="+", default=["fsq", "reference"], help="fsq, ema, simvq, reference")
+    parser.add_argument("--models", nargs="+", default=["fsq", "reference"], help="fsq, ema, simvq:8, reference")
     parser.add_argument("--minutes", type=float, default=4.0, help="training time of each model")
     parser.add_argument("--steps", type=int, default=0, help="number of steps instead of a time")
     parser.add_argument("--patch", type=int, default=32)

@@ -62,6 +62,7 @@ class StopAfterSteps(Callback):
     def _check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if steps_of(pl_module) >= self.max_steps:
             trainer.should_stop = True
+            trainer.check_val_every_n_epoch = 1  # the end is validated, whatever the epoch
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A run resumed at its end does not train one more batch."""

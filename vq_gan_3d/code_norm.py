@@ -12,8 +12,10 @@ from vq_gan_3d.distributed import all_reduce_mean
 
 def _moments(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (C,) and covariance (C, C) of vectors (N, C) over the global batch."""
-    packed = all_reduce_mean(torch.cat([vectors.mean(0)[None], vectors.T @ vectors / len(vectors)]))
-    return packed[0], packed[1:] - torch.outer(packed[0], packed[0])
+    # Centred first: E[zzᵀ] - E[z]E[z]ᵀ loses a small spread far from 0 to rounding, and of pure air comes out indefinite.
+    mean = all_reduce_mean(vectors.mean(0))
+    centred = vectors - mean  # (N, C)
+    return mean, all_reduce_mean(centred.T @ centred / len(vectors))
 
 
 def _whitening(covariance: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -16,6 +17,11 @@ from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from errors import ConfigurationError, TerminatedError, one_line, run_command
+
+_DEBUG_WORDS = {"--debug", "debug=true"}
+
+# `_target_` as a key of an override or of a dictionary in its value; a folder may have it in its name
+_TARGET_KEY = re.compile(r"""(?<!\w)_target_["']?\s*[:=]""")
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -42,8 +48,8 @@ def _find_target(node: Any, path: str = "") -> str | None:
 def run_training(config_dir: Path, train: Callable[[DictConfig], int]) -> int:
     """Compose ``base_cfg`` from ``config_dir`` with the overrides of the command line, and train.
 
-    Works from any folder; shared groups come from the ``config`` package. ``debug=true`` is no group of ours: pass
-    ``--debug`` to see a traceback.
+    Works from any folder; shared groups come from the ``config`` package. ``--debug`` or ``debug=true`` shows
+    tracebacks.
 
     Args:
         config_dir: folder of ``base_cfg.yaml``.
@@ -52,8 +58,8 @@ def run_training(config_dir: Path, train: Callable[[DictConfig], int]) -> int:
     Returns:
         The exit code for ``sys.exit``.
     """
-    debug = "--debug" in sys.argv
-    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    debug = not _DEBUG_WORDS.isdisjoint(sys.argv)
+    sys.argv = [argument for argument in sys.argv if argument not in _DEBUG_WORDS]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed and exited with 1
     signal.signal(signal.SIGTERM, _terminate)
     codes: list[int] = []
@@ -70,7 +76,7 @@ def run_training(config_dir: Path, train: Callable[[DictConfig], int]) -> int:
     def command() -> int:
         # before Hydra reads them: it calls targets below `hydra` on its own, and unpickles for a rerun
         for argument in sys.argv[1:]:
-            if "_target_" in argument or argument.startswith("--experimental-rerun"):
+            if _TARGET_KEY.search(argument) or argument.startswith("--experimental-rerun"):
                 refuse(argument)
         try:
             main()

@@ -38,6 +38,8 @@ def log_to_file(path: Path) -> None:
     terminal.setFormatter(logging.Formatter("%(message)s"))
     root.addHandler(file)
     root.addHandler(terminal)
+    # Lightning announces devices and products there; its warnings pass
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
 
 
 class CsvLog(Callback):

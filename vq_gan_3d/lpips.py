@@ -48,6 +48,8 @@ class LPIPS(nn.Module):
             raise InputError(f"{path}: no LPIPS weights: set model.lpips_weights to a file or model.lpips_weight=0")
         try:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(tensors, dict):
+                raise TypeError(f"a {type(tensors).__name__}, no dictionary of tensors")
             self.convs = nn.ModuleList()
             self.lins = nn.ParameterList()
             for level, block in enumerate(VGG16_BLOCKS):

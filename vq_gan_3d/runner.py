@@ -180,7 +180,7 @@ def train(config: DictConfig) -> int:
         return _train(config, output)
     except OSError as error:  # logs, panels and TensorBoard, which write by themselves
         path = Path(error.filename) if isinstance(error.filename, str) else output
-        if error.errno in _DISK_ERRORS or (error.filename and path.is_relative_to(output)):
+        if error.errno in _DISK_ERRORS or (error.filename and path.resolve().is_relative_to(output.resolve())):
             raise StorageError(
                 f"{path}: not written, {error.strerror}: free space there or choose another output_dir"
             ) from error
@@ -227,6 +227,8 @@ def _train(config: DictConfig, output: Path) -> int:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*dataloader is not resumable.*")
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+        warnings.filterwarnings("ignore", ".*LeafSpec.*")
         _fit(trainer, module, data, start, ledger)
     log.info("done: checkpoints in %s, panels in %s", checkpoints, output / "validation_results")
     return ExitCode.SKIPS if ledger.reasons else ExitCode.OK

@@ -33,7 +33,9 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
         monkeypatch.setenv(name, "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
-    def call(*overrides: str, check: int | None = 0, script: str = BASELINE, tiny: bool = True) -> CompletedProcess[str]:
+    def call(
+        *overrides: str, check: int | None = 0, script: str = BASELINE, tiny: bool = True
+    ) -> CompletedProcess[str]:
         monkeypatch.setattr(sys, "argv", [str(ROOT / script), *(TINY if tiny else []), *overrides])
         capfd.readouterr()
         code = run_training((ROOT / script).parents[1] / "config", run_real)

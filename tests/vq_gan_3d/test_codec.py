@@ -147,23 +147,19 @@ def test_a_latent_reaches_exactly_as_far_as_the_decoders_halo(name, encoder_bloc
 
 
 def by_tiles(function, x, tile, halo, shrink, grow):
-    """``function`` on tiles with a halo (both in cells of ``x``); shrink and grow: its own change of the grid."""
-    parts = {}
+    """``function`` on tiles with a halo, in steps of ``x``'s grid, of which it makes one of grow/shrink the pitch."""
     size = x.shape[2:]
-    out = None
+    whole = None
     for start in product(*(range(0, n, t) for n, t in zip(size, tile, strict=True))):
         stop = [min(a + t, n) for a, t, n in zip(start, tile, size, strict=True)]
         low = [max(a - h, 0) for a, h in zip(start, halo, strict=True)]
         high = [min(b + h, n) for b, h, n in zip(stop, halo, size, strict=True)]
         y = function(x[(..., *map(slice, low, high))])
-        scale = [(g, s) for g, s in zip(grow, shrink, strict=True)]
-        inner = [slice((a - lo) * g // s, (b - lo) * g // s) for a, b, lo, (g, s) in zip(start, stop, low, scale, strict=True)]
-        where = tuple(slice(a * g // s, b * g // s) for a, b, (g, s) in zip(start, stop, scale, strict=True))
-        parts[where] = y[(..., *inner)]
-        out = y
-    whole = torch.zeros(*out.shape[:2], *(n * g // s for n, g, s in zip(size, grow, shrink, strict=True)))
-    for where, part in parts.items():
-        whole[(..., *where)] = part
+        if whole is None:
+            whole = y.new_zeros(*y.shape[:2], *(n * g // s for n, g, s in zip(size, grow, shrink, strict=True)))
+        axes = list(zip(start, stop, low, grow, shrink, strict=True))
+        inner = [slice((a - lo) * g // s, (b - lo) * g // s) for a, b, lo, g, s in axes]
+        whole[(..., *(slice(a * g // s, b * g // s) for a, b, _, g, s in axes))] = y[(..., *inner)]
     return whole
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dataset.intensity import HUWindow
-from tests.helpers import BASELINE, STATE_KEYS, TINY, assert_one_line_error, assert_same_state, last_line, start, wait_for
+from tests.helpers import BASELINE, STATE_KEYS, assert_one_line_error, assert_same_state, last_line, start, wait_for
 from tests.vq_gan_3d.conftest import Train
 from vq_gan_3d.checkpointing import load_checkpoint
 
@@ -51,14 +51,18 @@ def at_call(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "name"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "SIGINT")], ids=["term", "int"]
+    ("number", "code", "name", "call", "saved"),
+    [
+        pytest.param(signal.SIGTERM, 143, "SIGTERM", 3, 3, id="term in a step"),
+        pytest.param(signal.SIGTERM, 143, "SIGTERM", 6, 5, id="term in validation"),
+        pytest.param(signal.SIGINT, 130, "SIGINT", 3, 3, id="int in a step", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, "SIGINT", 6, 5, id="int in validation", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize(("call", "saved"), [(3, 3), (6, 5)], ids=["in a step", "in validation"])
 def test_a_signal_saves_and_the_rest_is_exact(
     tmp_path: Path,
     train: Train,
     signal_self: Callable[[int], None],
-    monkeypatch: pytest.MonkeyPatch,
     at_call: Callable[..., None],
     number: int,
     code: int,
@@ -66,15 +70,17 @@ def test_a_signal_saves_and_the_rest_is_exact(
     call: int,
     saved: int,
 ) -> None:
-    with monkeypatch.context():
-        at_call(call, lambda: signal_self(number))
-        stopped = train(STEPS, "output_dir=parts", check=code)
+    at_call(call, lambda: signal_self(number))
+    stopped = train(STEPS, "output_dir=parts", check=code)
     assert_one_line_error(stopped, f"stopped by {name}", "parts/checkpoints/epoch_0", "ckpt_path=last")
     assert steps_of(tmp_path / "parts/checkpoints/last.ckpt") == saved
     assert not (tmp_path / "parts/logs/validation.csv").exists()  # a validation that was cut short has no result
     train(STEPS, "output_dir=parts", "ckpt_path=last")
     train(STEPS, "output_dir=whole")
     assert_same_run(tmp_path / "parts/checkpoints/final.ckpt", tmp_path / "whole/checkpoints/final.ckpt")
+    # a validation that was cut short is not repeated: its row is missing, the others are the same
+    whole, parts = ((tmp_path / part / "logs/validation.csv").read_text().splitlines() for part in ("whole", "parts"))
+    assert parts == (whole if saved == 3 else [whole[0], *whole[2:]])
 
 
 def test_a_second_sigterm_during_the_save_changes_nothing(
@@ -98,6 +104,7 @@ def test_a_second_sigterm_during_the_save_changes_nothing(
     assert not list((tmp_path / "outputs/checkpoints").glob(".*"))
 
 
+@pytest.mark.slow
 def test_a_second_sigint_ends_at_once(
     tmp_path: Path, train: Train, signal_self: Callable[[int], None], at_call: Any
 ) -> None:
@@ -127,6 +134,7 @@ def test_a_signal_during_the_final_save_lets_it_finish(
     assert steps_of(tmp_path / "outputs/checkpoints/last.ckpt") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["term", "int"])
 @pytest.mark.parametrize("where", ["prepare_all", "setup"])
 def test_a_signal_before_training(
@@ -155,7 +163,6 @@ def test_a_signal_before_training(
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["term", "int"])
 def test_a_signal_to_the_whole_group_spares_the_workers_until_the_save(tmp_path: Path, number: int, code: int) -> None:
     """What Ctrl-C, `timeout` and SLURM do: the data workers get it too."""
-    assert TINY
     process = start(BASELINE, "training.num_workers=2", "training.checkpoint_every_n_steps=1", cwd=tmp_path)
     wait_for(tmp_path / "outputs/checkpoints/epoch_00_step_0003.ckpt", process)
     os.killpg(process.pid, number)

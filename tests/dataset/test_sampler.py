@@ -1,0 +1,68 @@
+"""The order of training samples: shared by ranks, found again after a kill (T10, T14)."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataset.sampler import ResumableSampler
+
+batch_sizes = st.integers(1, 4)
+worlds = st.integers(1, 4)
+
+
+def batches_of(sampler, epoch=None):
+    if epoch is not None:
+        sampler.set_epoch(epoch)
+    keys = list(sampler)
+    return [keys[i : i + sampler.batch_size] for i in range(0, len(keys), sampler.batch_size)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 40), batch_sizes, worlds, st.integers(0, 5), st.integers(0, 3))
+def test_ranks_of_b_see_what_one_process_of_r_times_b_sees(length, batch, world, seed, epoch):
+    one = batches_of(ResumableSampler(length, batch * world, seed), epoch)
+    ranks = [batches_of(ResumableSampler(length, batch, seed, rank, world), epoch) for rank in range(world)]
+    assert one == [sum(parts, []) for parts in zip(*ranks, strict=True)]
+    assert len(one) == length // (batch * world)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 30), batch_sizes, st.integers(0, 5))
+def test_an_epoch_shows_each_sample_once(length, batch, seed):
+    sampler = ResumableSampler(length, batch, seed)
+    keys = list(sampler)
+    assert len(keys) == len(sampler) == length // batch * batch
+    assert len({index for _, index in keys}) == len(keys)
+    assert all(epoch == 0 and 0 <= index < length for epoch, index in keys)
+    assert list(sampler) == keys  # iterating consumes nothing
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(4, 30), batch_sizes, worlds, st.integers(0, 60), st.data())
+def test_resuming_gives_exactly_the_rest(length, batch, world, steps, data):
+    rank = data.draw(st.integers(0, world - 1))
+    make = lambda: ResumableSampler(max(length, batch * world), batch, 3, rank, world)  # noqa: E731
+    whole = make()
+    epochs = steps // whole.batches + 3
+    everything = sum((batches_of(whole, epoch) for epoch in range(epochs)), [])
+    resumed = make()
+    resumed.resume_at(steps)
+    first = resumed.epoch
+    assert first == steps // whole.batches
+    rest = batches_of(resumed)  # the first epoch without being told, as a loader made before set_epoch does
+    assert batches_of(resumed) == rest
+    rest += sum((batches_of(resumed, epoch) for epoch in range(first + 1, epochs)), [])
+    assert rest == everything[steps:]
+    assert len(resumed) == len(whole)
+
+
+def test_epochs_and_seeds_differ():
+    sampler = ResumableSampler(50, 1, seed=0)
+    first, second = ([index for _, index in sum(batches_of(sampler, epoch), [])] for epoch in (0, 1))
+    other = [index for _, index in ResumableSampler(50, 1, seed=1)]
+    assert first != second
+    assert first != other
+    assert first != sorted(first)
+    sampler.set_epoch(7)
+    assert {epoch for epoch, _ in sampler} == {7}

@@ -1,0 +1,147 @@
+"""Cohorts and the cache of prepared volumes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dataset.sources import NiftiSource, PhantomSource, default_cache, find_nifti, manifest, prepare, prepare_all
+from dataset.volume_io import Volume, write_nifti
+from errors import ConfigurationError, InputError, StorageError
+
+AFFINE = np.array([[0, 0, -1.0, 10], [0, -1.0, 0, 20], [2.0, 0, 0, -30], [0, 0, 0, 1]])
+
+
+def nifti(path: Path, seed=0, shape=(6, 8, 10)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hu = np.random.default_rng(seed).integers(-1000, 1000, shape).astype(np.int16)
+    write_nifti(path, Volume(hu, AFFINE))
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+def test_native_grid_is_kept_to_the_bit(tmp_path, cache):
+    source = NiftiSource(nifti(tmp_path / "a.nii.gz"))
+    prepared = prepare(source, None, cache)
+    volume = source.load()
+    opened = prepared.open()
+    assert isinstance(opened, np.memmap)
+    assert opened.dtype == np.int16
+    assert np.array_equal(opened, volume.hu)
+    assert np.array_equal(prepared.affine, volume.affine)
+    assert prepared.name == "a"
+
+
+def test_resampled_whole_and_in_place(tmp_path, cache):
+    source = NiftiSource(nifti(tmp_path / "a.nii.gz"))
+    prepared = prepare(source, (3, 4, 5), cache)
+    assert prepared.open().shape == (3, 4, 5)
+    centre = prepared.affine @ [1, 1.5, 2, 1]
+    np.testing.assert_allclose(centre, source.load().affine @ [2.5, 3.5, 4.5, 1])
+
+
+def test_cache_is_reused(tmp_path, cache, monkeypatch):
+    source = NiftiSource(nifti(tmp_path / "a.nii.gz"))
+    first = prepare(source, None, cache)
+    monkeypatch.setattr(NiftiSource, "load", lambda self: pytest.fail("read again"))
+    again = prepare(source, None, cache)
+    assert again.path == first.path
+    assert np.array_equal(again.affine, first.affine)
+
+
+def test_other_sizes_and_other_content_have_other_keys(tmp_path, cache):
+    path = nifti(tmp_path / "a.nii.gz")
+    source = NiftiSource(path)
+    paths = {prepare(source, size, cache).path for size in (None, (6, 8, 10), (3, 4, 5))}
+    assert len(paths) == 3
+    before = prepare(source, None, cache).open().copy()
+    nifti(path, seed=1)
+    os.utime(path, ns=(1, 1))
+    after = prepare(source, None, cache)
+    assert after.path not in paths
+    assert not np.array_equal(after.open(), before)
+    assert len(list(cache.glob("*.npy"))) == 4
+    # the same name in another folder is another volume
+    other = NiftiSource(nifti(tmp_path / "b" / "a.nii.gz", seed=2))
+    assert prepare(other, None, cache).path not in paths | {after.path}
+
+
+def test_phantoms_are_reproducible(cache):
+    a, b = PhantomSource(3, (8, 16, 16)), PhantomSource(4, (8, 16, 16))
+    assert (a.name, a.patient) == ("phantom_00003", "phantom_00003")
+    assert np.array_equal(prepare(a, (8, 16, 16), cache).open(), a.load().hu)
+    assert not np.array_equal(a.load().hu, b.load().hu)
+    assert PhantomSource(3, (8, 16, 32)).identity != a.identity
+
+
+def test_a_file_that_cannot_be_read_does_not_stop_the_rest(tmp_path, cache):
+    for name in ("a", "c"):
+        nifti(tmp_path / f"{name}.nii.gz")
+    (tmp_path / "b.nii.gz").write_bytes(b"this is no NIfTI")
+    sources = find_nifti(str(tmp_path))
+    prepared, failed = prepare_all(sources, None, cache, "test volumes")
+    assert [volume.name for volume in prepared] == ["a", "c"]
+    assert list(failed) == ["b"]
+    assert "b.nii.gz" in failed["b"]
+    assert not list(cache.glob("b-*"))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise"])
+def test_a_damaged_cache_file_is_named(tmp_path, cache, damage):
+    prepared = prepare(NiftiSource(nifti(tmp_path / "a.nii.gz")), None, cache)
+    content = prepared.path.read_bytes()
+    prepared.path.write_bytes({"cut": content[:-10], "empty": b"", "noise": os.urandom(500)}[damage])
+    with pytest.raises(InputError) as caught:
+        prepared.open()
+    assert str(prepared.path) in str(caught.value)
+    assert "delete it" in str(caught.value)
+
+
+def test_a_cache_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"dataset\.cache_dir"):
+        prepare(NiftiSource(nifti(tmp_path / "a.nii.gz")), None, tmp_path / "file" / "cache")
+
+
+def test_find_nifti(tmp_path):
+    for name in ("b.nii.gz", "sub/a.nii", "sub/deeper/c.nii.gz"):
+        nifti(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("")
+    assert {source.name for source in find_nifti(str(tmp_path))} == {"a", "b", "c"}
+    assert [s.path for s in find_nifti(str(tmp_path))] == sorted(s.path for s in find_nifti(str(tmp_path)))
+
+
+@pytest.mark.parametrize("root", [None, "", "/no/such/folder"])
+def test_find_nifti_needs_a_folder(root):
+    with pytest.raises(ConfigurationError, match=r"dataset\.root_dir"):
+        find_nifti(root)
+
+
+def test_find_nifti_refuses_empty_folders_and_twins(tmp_path):
+    with pytest.raises(InputError, match="holds no"):
+        find_nifti(str(tmp_path))
+    nifti(tmp_path / "a.nii.gz")
+    nifti(tmp_path / "sub" / "a.nii")
+    with pytest.raises(InputError, match="several files are called a"):
+        find_nifti(str(tmp_path))
+
+
+def test_manifest_depends_on_names_alone():
+    a, b, c = (PhantomSource(seed, (8, 8, 8)) for seed in range(3))
+    assert manifest([a, b]) == manifest([b, a])
+    assert manifest([a, b]) != manifest([a, c])
+    assert manifest([a, b]) != manifest([a, b, c])
+
+
+def test_default_cache_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "xray2ctpa"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_cache() == Path.home() / ".cache" / "xray2ctpa"

@@ -1,0 +1,163 @@
+"""The training commands: what they refuse and in which words, where they run from, what they leave behind."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from tests.helpers import BASELINE, PATCHWISE, ROOT, assert_one_line_error, kill, run, start
+from tests.vq_gan_3d.conftest import Train
+from vq_gan_3d.checkpointing import load_checkpoint
+
+STEPS = "training.max_steps=2"
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "words"),
+    [
+        ("training.bacth_size=2", 2, ["training.bacth_size"]),
+        ("training.batch_size", 2, ["training.batch_size"]),
+        ("model=nope", 2, ["nope", "vq_gan_3d_small"]),
+        ("hardware.device=tpu", 2, ["hardware.device='tpu'", "cuda:N"]),
+        ("hardware.device=cuda:7", 2, ["hardware.device=cuda:7", "hardware.device=auto or cpu"]),
+        ("hardware.mixed_precision=fp8", 2, ["hardware.mixed_precision='fp8'"]),
+        ("dataset=nifti", 2, ["dataset.root_dir", "dataset=phantom"]),
+        ("dataset.root_dir=/nowhere", 2, ["/nowhere", "dataset.root_dir", "dataset=phantom"]),
+        ("dataset.size=[16,32]", 2, ["[16, 32]", "[D, H, W]"]),
+        ("dataset.validation=[someone]", 2, ["dataset.validation", "someone"]),
+        ("training.batch_size=6", 2, ["training.batch_size"]),
+        ("training.accumulate_grad_batches=3", 2, ["training.max_steps=2", "training.accumulate_grad_batches=3"]),
+        ("training.lr_schedule=linear", 2, ["training.lr_schedule='linear'"]),
+        ("model.quantizer=vq", 2, ["model.quantizer='vq'"]),
+        ("model.lpips_weight=1", 2, ["model.lpips_weights"]),
+        ("+model._target_=os.mkdir", 2, ["model._target_=os.mkdir"]),
+        ("+_target_=os.mkdir", 2, ["_target_=os.mkdir"]),
+        ("+dataset.x={a:[{_target_:os.mkdir}]}", 2, ["_target_:os.mkdir"]),
+        ("+hydra.callbacks.x._target_=os.mkdir", 2, ["hydra.callbacks.x._target_=os.mkdir"]),
+        ('+hydra.callbacks={x: {"_target_": os.mkdir}}', 2, ["hydra.callbacks"]),
+        ("--experimental-rerun=run.pickle", 2, ["run.pickle"]),
+        ("dataset.root_dir=empty", 3, ["empty", "dataset.root_dir", "dataset=phantom"]),
+    ],
+)
+def test_refused_in_one_line(train: Train, tmp_path: Path, override: str, code: int, words: list[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert_one_line_error(train(STEPS, override, check=code), *words)
+    assert not list((tmp_path / "outputs").glob("checkpoints/*"))
+
+
+def test_a_target_in_a_file_is_refused(train: Train, tmp_path: Path) -> None:
+    folder = tmp_path / "mine" / "experiment"
+    folder.mkdir(parents=True)
+    text = f"# @package _global_\ntraining:\n  max_steps: 2\n  max_bad_steps: {{_target_: os.mkdir, path: {tmp_path}/executed}}\n"
+    (folder / "hostile.yaml").write_text(text)
+    result = train(f"hydra.searchpath=[pkg://config,file://{tmp_path}/mine]", "experiment=hostile", check=2)
+    assert_one_line_error(result, "training.max_bad_steps._target_=os.mkdir")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_debug_shows_the_traceback(train: Train) -> None:
+    with pytest.raises(Exception, match="hardware.device='tpu'"):
+        train(STEPS, "hardware.device=tpu", "--debug")
+
+
+def test_overwrite_deletes_nothing_before_all_is_checked(train: Train, tmp_path: Path) -> None:
+    train(STEPS)
+    checkpoints = tmp_path / "outputs/checkpoints"
+    before = {path: path.read_bytes() for path in checkpoints.iterdir()}
+    for override in ("hardware.device=tpu", "training.accumulate_grad_batches=3", "dataset.root_dir=/nowhere"):
+        train(STEPS, "overwrite=true", override, check=2)
+        assert {path: path.read_bytes() for path in checkpoints.iterdir()} == before
+    train("training.max_steps=1", "overwrite=true")
+    assert int(load_checkpoint(checkpoints / "last.ckpt")["current_model_state"]["steps"]) == 1
+
+
+def test_what_a_run_leaves_behind(train: Train, tmp_path: Path) -> None:
+    every = ("training.checkpoint_every_n_steps=2", "training.checkpoint_every_n_epochs=1", "logger.every_n_steps=2")
+    result = train("training.max_steps=12", *every)
+    output = tmp_path / "outputs"
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [
+        "best.ckpt",
+        "epoch_01_step_0005.ckpt",  # the ends of epochs stay, and the last three of the others
+        "epoch_01_step_0006.ckpt",
+        "epoch_01_step_0008.ckpt",
+        "epoch_02_step_0010.ckpt",
+        "epoch_02_step_0012.ckpt",
+        "final.ckpt",
+        "last.ckpt",
+    ]
+    tables = {name: (output / "logs" / name).read_text().splitlines() for name in ("train.csv", "validation.csv")}
+    assert [line.split(",")[0] for line in tables["train.csv"]] == ["step", "2", "4", "6", "8", "10", "12"]
+    assert [line.split(",")[0] for line in tables["validation.csv"]] == ["step", "5", "10", "12"]
+    assert "psnr_db" in tables["validation.csv"][0]
+    assert list((output / "tensorboard_logs").glob("events.out.tfevents.*"))
+    pictures = sorted(path.name for path in (output / "validation_results").iterdir())
+    assert pictures == [f"step_{step:04d}_phantom_00000.png" for step in (5, 10, 12)]
+    assert "seed: 0" in (output / "config.yaml").read_text()
+    log = (output / "logs/training.log").read_text()
+    for text in (log, result.stderr):
+        assert "data: phantom thoraces; your own: dataset=nifti dataset.root_dir=" in text
+        assert "volumes: 5 for training, 1 held out; 12 steps" in text
+        assert re.search(r"parameters: generator +\d", text)
+        assert "done: checkpoints in outputs/checkpoints" in text
+    assert not list(output.rglob(".*"))
+
+
+CONFIGS = [(ROOT / script).parents[1] / "config" for script in (BASELINE, PATCHWISE)]
+GROUPS = [
+    f"{group}={path.stem}" for group in ("experiment", "debug") for path in (ROOT / "config" / group).glob("*.yaml")
+]
+
+
+@pytest.mark.parametrize("group", sorted(GROUPS))
+@pytest.mark.parametrize("config", CONFIGS, ids=["baseline", "patchwise"])
+def test_groups_compose(config: Path, group: str) -> None:
+    with initialize_config_dir(str(config), version_base="1.3"):
+        plain, changed = compose("base_cfg"), compose("base_cfg", overrides=[group])
+    assert plain != changed
+    own = plain.keys() | {"demo"}  # what `make demo` reads
+    assert changed.keys() <= own
+    for name in ("model", "training", "hardware", "callbacks", "logger", "dataset"):
+        assert changed[name].keys() == plain[name].keys(), name
+
+
+@pytest.mark.xfail(reason="base_cfg.yaml calls the groups optional, so that Hydra ignores a name that does not exist")
+@pytest.mark.parametrize("group", ["experiment", "debug"])
+@pytest.mark.parametrize("config", CONFIGS, ids=["baseline", "patchwise"])
+def test_a_typo_in_a_group_is_refused(config: Path, group: str) -> None:
+    with initialize_config_dir(str(config), version_base="1.3"), pytest.raises(Exception, match="nope"):
+        compose("base_cfg", overrides=[f"{group}=nope"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [BASELINE, PATCHWISE], ids=["baseline", "patchwise"])
+def test_runs_from_the_root_and_from_its_own_folder(script: str, tmp_path: Path) -> None:
+    for folder in (ROOT, (ROOT / script).parents[1]):
+        output = tmp_path / folder.name
+        more = ["dataset.patch_size=[16,16,16]"] if script == PATCHWISE else []
+        run(script, "training.max_steps=1", f"output_dir={output}", *more, cwd=folder, XDG_CACHE_HOME=str(tmp_path))
+        assert (output / "checkpoints/final.ckpt").exists()
+        assert not (folder / "outputs").exists() or folder == ROOT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [BASELINE, PATCHWISE], ids=["baseline", "patchwise"])
+def test_without_arguments_it_starts_on_phantoms_and_says_so(script: str, tmp_path: Path) -> None:
+    process = start(script, "dataset.patch_size=[16,16,16]", cwd=tmp_path, XDG_CACHE_HOME=str(tmp_path))
+    log = tmp_path / "outputs/logs/training.log"
+    end = time.monotonic() + 120
+    while not (log.exists() and "phantom" in log.read_text()):
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    text = log.read_text()
+    process.send_signal(signal.SIGTERM)
+    try:
+        assert process.wait(timeout=60) == 143
+    finally:
+        kill(process) if process.poll() is None else process.communicate()
+    assert "your own: dataset=nifti dataset.root_dir=" in text
