@@ -151,5 +151,7 @@ class VolumeDataModule(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of held-out volumes, one at a time; every rank takes its share."""
         assert self.sampler is not None
-        share = range(self.sampler.rank, len(self.datasets["validation"]), self.sampler.world_size)
+        count, world_size = len(self.datasets["validation"]), self.sampler.world_size
+        # fewer volumes than ranks: all see all of them, since an empty loader would leave a rank out of collectives
+        share = range(count) if count < world_size else range(self.sampler.rank, count, world_size)
         return self._loader("validation", batch_size=1, sampler=list(share))

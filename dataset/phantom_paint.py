@@ -110,7 +110,11 @@ class Block:
         self.labels[box][(bowel > 0.5) & (share > 0.5)] = LABELS["muscle"]
         liver = anatomy.liver_distance(x, y, z, space + np.float32(0.5))
         self.paint(self.cover(liver), 72.0 + 5.0 * texture["medium"][box], "liver", box)
-        hu: dict[str, float | np.ndarray] = {"stomach": 38.0, "spleen": 105.0 + 10.0 * texture["medium"], "kidney": 120.0}
+        hu: dict[str, float | np.ndarray] = {
+            "stomach": 38.0,
+            "spleen": 105.0 + 10.0 * texture["medium"],
+            "kidney": 120.0,
+        }
         for name, parts in anatomy.organs.items():
             for part in parts:
                 local = grid.box(*part.bounds(grid.edge_mm))

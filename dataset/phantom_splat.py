@@ -107,7 +107,9 @@ def splat(segments: Segments, grid: Grid) -> np.ndarray:
             far = row * part[:, 0]
             at += [corner + (dz + dy), corner + (dz + dy + 1)]
             share += [row - far, far]
-    sums: np.ndarray = np.bincount(np.concatenate(at), weights=np.concatenate(share), minlength=D * H * W).reshape(D, H, W)
+    sums: np.ndarray = np.bincount(np.concatenate(at), weights=np.concatenate(share), minlength=D * H * W).reshape(
+        D, H, W
+    )
     inner = sums[1:-1, 1:-1, 1:-1]
     # the points are a finite sample: lift what is nearly full, or thick vessels would look mottled
     inner = inner * (1.0 + 0.35 * np.minimum(inner, 1.0))

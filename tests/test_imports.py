@@ -55,6 +55,8 @@ def test_imports_point_one_way(lower, upper):
 
 
 def test_package_inits_import_nothing():
-    packages = [p for p in ROOT.glob("*/**/__init__.py") if not any(s.startswith(".") for s in p.relative_to(ROOT).parts)]
+    packages = [
+        p for p in ROOT.glob("*/**/__init__.py") if not any(s.startswith(".") for s in p.relative_to(ROOT).parts)
+    ]
     assert packages
     assert [str(p) for p in packages if "import" in p.read_text()] == []

@@ -12,7 +12,7 @@ from vq_gan_3d.distributed import all_reduce_mean
 
 def _moments(vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (C,) and covariance (C, C) of vectors (N, C) over the global batch."""
-    # Centred first: E[zzᵀ] - E[z]E[z]ᵀ loses a small spread far from 0 to rounding, and of pure air comes out indefinite.
+    # Centred first: E[zzᵀ] - E[z]E[z]ᵀ loses a small spread far from 0 to rounding; that of pure air is indefinite.
     mean = all_reduce_mean(vectors.mean(0))
     centred = vectors - mean  # (N, C)
     return mean, all_reduce_mean(centred.T @ centred / len(vectors))

@@ -150,6 +150,8 @@ class EMACodebook(Quantizer):
         sums = torch.zeros_like(self.sums).index_add_(0, indices, vectors)
         candidates = pick_vectors(vectors, self.n_codes)
         packed = all_reduce_sum(torch.cat([counts[:, None], sums, candidates], dim=1))
+        if not bool(packed.isfinite().all()):  # asked of the sum, so all ranks agree not to follow this batch
+            return
         counts, sums, candidates = packed.split([1, self.code_channels, self.code_channels], dim=1)
         counts = counts[:, 0]
         self.counts.lerp_(counts, 1 - self.decay)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,6 +11,10 @@ from dataset.sampler import ResumableSampler
 
 batch_sizes = st.integers(1, 4)
 worlds = st.integers(1, 4)
+
+
+def joined(lists):
+    return list(chain.from_iterable(lists))
 
 
 def batches_of(sampler, epoch=None):
@@ -23,7 +29,7 @@ def batches_of(sampler, epoch=None):
 def test_ranks_of_b_see_what_one_process_of_r_times_b_sees(length, batch, world, seed, epoch):
     one = batches_of(ResumableSampler(length, batch * world, seed), epoch)
     ranks = [batches_of(ResumableSampler(length, batch, seed, rank, world), epoch) for rank in range(world)]
-    assert one == [sum(parts, []) for parts in zip(*ranks, strict=True)]
+    assert one == [joined(parts) for parts in zip(*ranks, strict=True)]
     assert len(one) == length // (batch * world)
 
 
@@ -45,21 +51,21 @@ def test_resuming_gives_exactly_the_rest(length, batch, world, steps, data):
     make = lambda: ResumableSampler(max(length, batch * world), batch, 3, rank, world)  # noqa: E731
     whole = make()
     epochs = steps // whole.batches + 3
-    everything = sum((batches_of(whole, epoch) for epoch in range(epochs)), [])
+    everything = joined(batches_of(whole, epoch) for epoch in range(epochs))
     resumed = make()
     resumed.resume_at(steps)
     first = resumed.epoch
     assert first == steps // whole.batches
     rest = batches_of(resumed)  # the first epoch without being told, as a loader made before set_epoch does
     assert batches_of(resumed) == rest
-    rest += sum((batches_of(resumed, epoch) for epoch in range(first + 1, epochs)), [])
+    rest += joined(batches_of(resumed, epoch) for epoch in range(first + 1, epochs))
     assert rest == everything[steps:]
     assert len(resumed) == len(whole)
 
 
 def test_epochs_and_seeds_differ():
     sampler = ResumableSampler(50, 1, seed=0)
-    first, second = ([index for _, index in sum(batches_of(sampler, epoch), [])] for epoch in (0, 1))
+    first, second = ([index for _, index in joined(batches_of(sampler, epoch))] for epoch in (0, 1))
     other = [index for _, index in ResumableSampler(50, 1, seed=1)]
     assert first != second
     assert first != other

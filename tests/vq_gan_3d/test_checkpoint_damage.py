@@ -55,6 +55,7 @@ def test_all_damaged_and_none_there(train: Train, checkpoints: Path) -> None:
     assert_one_line_error(train(*MORE, "output_dir=empty", check=3), "empty/checkpoints", "no checkpoint")
 
 
+@pytest.mark.slow
 def test_a_named_checkpoint_must_be_there_and_sound(train: Train, checkpoints: Path, tmp_path: Path) -> None:
     options = ("training.max_steps=4", "output_dir=other")
     for name, reason in (

@@ -170,7 +170,9 @@ def test_tiles_with_a_halo_equal_the_whole_volume(name):
     codec, total = randomized(config).eval(), config.total_stride
     ones = (1, 1, 1)
     volume = torch.rand(1, 1, *(10 * s for s in total))
-    encoder_halo, decoder_halo = ([-(-h // s) for h, s in zip(halo, total, strict=True)] for halo in config.receptive_halo_vox())
+    encoder_halo, decoder_halo = (
+        [-(-h // s) for h, s in zip(halo, total, strict=True)] for halo in config.receptive_halo_vox()
+    )
     with torch.no_grad():
         code = codec.encode(volume)
         halo = [h * s for h, s in zip(encoder_halo, total, strict=True)]

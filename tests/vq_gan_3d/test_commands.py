@@ -53,15 +53,15 @@ def test_refused_in_one_line(train: Train, tmp_path: Path, override: str, code: 
 def test_a_target_in_a_file_is_refused(train: Train, tmp_path: Path) -> None:
     folder = tmp_path / "mine" / "experiment"
     folder.mkdir(parents=True)
-    text = f"# @package _global_\ntraining:\n  max_steps: 2\n  max_bad_steps: {{_target_: os.mkdir, path: {tmp_path}/executed}}\n"
-    (folder / "hostile.yaml").write_text(text)
+    node = f"{{_target_: os.mkdir, path: {tmp_path}/executed}}"
+    (folder / "hostile.yaml").write_text(f"# @package _global_\ntraining:\n  max_bad_steps: {node}\n")
     result = train(f"hydra.searchpath=[pkg://config,file://{tmp_path}/mine]", "experiment=hostile", check=2)
     assert_one_line_error(result, "training.max_bad_steps._target_=os.mkdir")
     assert not (tmp_path / "executed").exists()
 
 
 def test_debug_shows_the_traceback(train: Train) -> None:
-    with pytest.raises(Exception, match="hardware.device='tpu'"):
+    with pytest.raises(Exception, match=r"hardware\.device='tpu'"):
         train(STEPS, "hardware.device=tpu", "--debug")
 
 
@@ -125,7 +125,6 @@ def test_groups_compose(config: Path, group: str) -> None:
         assert changed[name].keys() == plain[name].keys(), name
 
 
-@pytest.mark.xfail(reason="base_cfg.yaml calls the groups optional, so that Hydra ignores a name that does not exist")
 @pytest.mark.parametrize("group", ["experiment", "debug"])
 @pytest.mark.parametrize("config", CONFIGS, ids=["baseline", "patchwise"])
 def test_a_typo_in_a_group_is_refused(config: Path, group: str) -> None:
@@ -138,7 +137,7 @@ def test_a_typo_in_a_group_is_refused(config: Path, group: str) -> None:
 def test_runs_from_the_root_and_from_its_own_folder(script: str, tmp_path: Path) -> None:
     for folder in (ROOT, (ROOT / script).parents[1]):
         output = tmp_path / folder.name
-        more = ["dataset.patch_size=[16,16,16]"] if script == PATCHWISE else []
+        more = ["dataset.patch_size=[16,16,16]", "dataset.phantom_size=null"] if script == PATCHWISE else []
         run(script, "training.max_steps=1", f"output_dir={output}", *more, cwd=folder, XDG_CACHE_HOME=str(tmp_path))
         assert (output / "checkpoints/final.ckpt").exists()
         assert not (folder / "outputs").exists() or folder == ROOT

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ def test_shapes_from_16_voxels_up(dims, size, layers):
     assert logits.ndim == dims + 2
     assert min(logits.shape[2:]) >= 2
     assert [f.shape[1] for f in features] == [4 * 2 ** min(level, 3) for level in range(layers + 1)]
-    assert all(a.shape[2] > b.shape[2] for a, b in zip(features[: layers - 1], features[1:layers], strict=True))
+    assert all(a.shape[2] > b.shape[2] for a, b in pairwise(features[:layers]))
     logits.mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
 

@@ -76,6 +76,7 @@ def test_disk_that_fills_up_in_tensorboard(train: Train, small_disk: Path) -> No
     assert_one_line_error(result, str(small_disk))
 
 
+@pytest.mark.slow
 def test_file_size_limit(train: Train, tmp_path: Path) -> None:
     train("training.max_steps=2", EVERY)
     before = contents(tmp_path / "outputs/checkpoints")
