@@ -61,27 +61,28 @@ class CodeNorm(nn.Module):
 
     Args:
         channels: C.
-        decay: decay of the running moments.
+        decay: limit of the decay of the running moments, which start as plain means; two patches in a batch may be all
+            air, so it must be slow, or the codes jump from step to step.
     """
 
     mean: Tensor
     covariance: Tensor
-    started: Tensor
+    updates: Tensor
 
-    def __init__(self, channels: int, decay: float = 0.9) -> None:
+    def __init__(self, channels: int, decay: float = 0.99) -> None:
         super().__init__()
         self.decay = decay
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("covariance", torch.eye(channels))
-        self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def _follow(self, mean: Tensor, covariance: Tensor) -> None:
-        rate = torch.where(self.started, 1 - self.decay, 1.0)
+        rate = (1.0 / (self.updates + 1)).clamp_min(1 - self.decay)
         finite = mean.isfinite().all() & covariance.isfinite().all()  # a NaN batch must not outlive its step
         self.mean.copy_(torch.where(finite, self.mean.lerp(mean, rate), self.mean))
         self.covariance.copy_(torch.where(finite, self.covariance.lerp(covariance, rate), self.covariance))
-        self.started.logical_or_(finite)
+        self.updates += finite
 
     def forward(self, code: Tensor) -> Tensor:
         """(B, C, D, H, W) of any float dtype -> the same shape, float32."""

@@ -26,17 +26,19 @@ def test_first_batch_comes_out_with_mean_0_and_covariance_1():
     covariance = white.T @ white / len(white)
     # exact but for the floor of 1e-4 of the mean variance
     torch.testing.assert_close(covariance, torch.eye(4).double(), atol=5e-3, rtol=0)
-    assert bool(norm.started)
+    assert int(norm.updates) == 1
 
 
-def test_moments_follow_with_the_decay():
-    norm, first, second = CodeNorm(4, decay=0.9), correlated(seed=0), correlated(seed=1)
-    norm(first)
-    norm(second)
-    expected = 0.9 * flat(first).mean(0) + 0.1 * flat(second).mean(0)
+def test_moments_start_as_plain_means_and_then_follow_with_the_decay():
+    norm, batches = CodeNorm(4, decay=0.6), [correlated(seed=seed) for seed in range(3)]
+    for batch in batches:
+        norm(batch)
+    # rates 1, 1/2 and then 1 - decay = 0.4, which is more than 1/3
+    weights = (0.3, 0.3, 0.4)
+    expected = sum(w * flat(x).mean(0) for w, x in zip(weights, batches, strict=True))
     torch.testing.assert_close(norm.mean.double(), expected, rtol=1e-4, atol=1e-4)
-    covariances = [torch.cov(flat(x).T, correction=0) for x in (first, second)]
-    expected = 0.9 * covariances[0] + 0.1 * covariances[1]
+    covariances = [torch.cov(flat(x).T, correction=0) for x in batches]
+    expected = sum(w * c for w, c in zip(weights, covariances, strict=True))
     torch.testing.assert_close(norm.covariance.double(), expected, rtol=1e-3, atol=1e-3)
 
 
@@ -146,7 +148,7 @@ def test_a_batch_that_is_not_finite_does_not_outlive_its_step(bad):
     broken = x.clone()
     broken[0, 0, 0, 0, 0] = bad
     norm(broken)  # as the first one
-    assert not bool(norm.started)
+    assert int(norm.updates) == 0
     norm(x)
     mean, covariance = norm.mean.clone(), norm.covariance.clone()
     norm(broken)
