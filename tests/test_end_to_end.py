@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers import BASELINE, PATCHWISE, REAL_DATA, ROOT, environment, last_line, run
+from vq_gan_3d.checkpointing import load_checkpoint
 
 REAL_CT = REAL_DATA / "ct_2mm"
 needs_real_ct = pytest.mark.skipif(
@@ -97,6 +98,17 @@ def test_real_ct_trains_and_resumes(tmp_path: Path) -> None:
     restored = nib.load(tmp_path / "outputs/sample_reconstructions/lidc_0314.nii.gz").get_fdata()
     assert restored.shape == (48, 48, 48)
     assert restored.std() > 200  # a thorax has air and tissue; a collapsed codec has neither
+
+
+@pytest.mark.slow
+def test_compiled_training_writes_the_same_kind_of_checkpoint(tmp_path: Path) -> None:
+    """``hardware.compile``: steps are taken, and names of weights stay those of the plain codec."""
+    run(BASELINE, "hardware.compile=true", "training.max_steps=2", "output_dir=compiled", cwd=tmp_path)
+    run(BASELINE, "training.max_steps=2", "output_dir=plain", cwd=tmp_path)
+    compiled, plain = (load_checkpoint(tmp_path / name / "checkpoints/final.ckpt") for name in ("compiled", "plain"))
+    assert compiled["state_dict"].keys() == plain["state_dict"].keys()
+    name = "codec.decoder.head.weight"
+    assert not compiled["current_model_state"][name].equal(compiled["state_dict"][name])  # trained, so off its average
 
 
 @pytest.mark.slow

@@ -17,11 +17,17 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert int(first["current_model_state"]["steps"]) == int(second["current_model_state"]["steps"])
 
 
-@pytest.mark.parametrize("quantizer", ["fsq", "ema", "simvq"])
-@pytest.mark.parametrize("first_part", [3, 5])  # in the middle, and at the end, of an epoch of 5 batches
+@pytest.mark.parametrize(
+    ("quantizer", "first_part"),  # in the middle, and at the end, of an epoch of 5 batches
+    [
+        ("ema", 3),
+        pytest.param("fsq", 3, marks=pytest.mark.slow),
+        pytest.param("fsq", 5, marks=pytest.mark.slow),
+        pytest.param("ema", 5, marks=pytest.mark.slow),
+        pytest.param("simvq", 5, marks=pytest.mark.slow),
+    ],
+)
 def test_two_parts_equal_one_run(tmp_path: Path, quantizer: str, first_part: int) -> None:
-    if (quantizer, first_part) == ("simvq", 3):
-        pytest.skip("the other five cases cover it")
     options = [f"model.quantizer={quantizer}", "training.checkpoint_every_n_steps=1"]
     run(BASELINE, *options, "training.max_steps=8", "output_dir=whole", cwd=tmp_path)
     run(BASELINE, *options, f"training.max_steps={first_part}", "output_dir=parts", cwd=tmp_path)
@@ -64,6 +70,7 @@ def test_best_checkpoint_resumes_exactly(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "whole/checkpoints/final.ckpt", tmp_path / "rest/checkpoints/final.ckpt")
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     """T14."""
     run(BASELINE, "training.max_steps=1", cwd=tmp_path)
