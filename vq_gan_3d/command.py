@@ -62,6 +62,7 @@ def run_training(config_dir: Path, train: Callable[[DictConfig], int]) -> int:
     sys.argv = [argument for argument in sys.argv if argument not in _DEBUG_WORDS]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed and exited with 1
     signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     codes: list[int] = []
 
     def refuse(what: str) -> NoReturn:
