@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, cast
 import torch
 
 from dataset.atomic import atomic_write
-from errors import InputError
+from errors import InputError, StorageError
 
 MAGIC = b"XR2CTPA\x01"
 TRAILER_BYTES = len(MAGIC) + hashlib.sha256().digest_size
@@ -154,8 +154,6 @@ def is_writable(folder: Path) -> None:
     Raises:
         StorageError: they cannot.
     """
-    from errors import StorageError
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
