@@ -115,7 +115,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace) -> int:
     """Evaluate a run; exit 1 if it was a demo and missed its threshold."""
-    from vq_gan_3d.runner import data_module  # imports Lightning, which --help need not wait for
+    from dataset.from_config import data_module  # imports Lightning, which --help need not wait for
 
     record = arguments.run / "config.yaml"
     if not record.is_file():

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -18,8 +17,8 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from dataset.atomic import atomic_write
 from dataset.data_module import VolumeDataModule
+from dataset.from_config import data_module, plain_dict
 from dataset.intensity import HUWindow
-from dataset.sources import PhantomSource, VolumeSource, default_cache, find_nifti
 from errors import (
     ConfigurationError,
     DivergedError,
@@ -31,58 +30,20 @@ from errors import (
 )
 from vq_gan_3d.callbacks import ExponentialMovingAverage, GracefulStop, SkipLedger, StopAfterSteps
 from vq_gan_3d.checkpoint_callback import CheckpointKeeper, VerifiedCheckpointIO
-from vq_gan_3d.checkpointing import find_resumable, is_writable, load_checkpoint, newest_first
+from vq_gan_3d.checkpointing import is_writable, load_checkpoint, newest_first
 from vq_gan_3d.codec import CodecConfig
 from vq_gan_3d.hardware import Hardware, resolve_hardware, return_memory_early
 from vq_gan_3d.logs import CsvLog, PanelLog, log_to_file
+from vq_gan_3d.resume import ResumeContract, find_start
 from vq_gan_3d.vqgan import VQGAN, LossConfig, OptimizerConfig
 
 log = logging.getLogger(__name__)
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 
 
-def data_module(config: DictConfig) -> VolumeDataModule:
-    """The data that ``dataset.*`` and ``training.*`` describe."""
-    d, t = config.dataset, config.training
-    size = _size(d.size)
-    sources: list[VolumeSource] = []
-    if d.name == "nifti" or d.root_dir:
-        sources += find_nifti(d.root_dir)
-    else:
-        grid = _size(d.phantom_size) or size
-        if grid is None:
-            raise ConfigurationError("dataset=phantom needs dataset.size or dataset.phantom_size as [D, H, W]")
-        sources += [PhantomSource(seed, grid) for seed in range(d.first_seed, d.first_seed + d.n_patients)]
-        log.info("data: phantom thoraces; your own: dataset=nifti dataset.root_dir=/folder/of/nii.gz")
-    if size is None and d.patch_size is None:
-        raise ConfigurationError("dataset.size=null keeps native grids: set dataset.patch_size to train on patches")
-    return VolumeDataModule(
-        sources,
-        size_dhw=size,
-        patch_dhw=_size(d.patch_size),
-        patches_per_volume=d.patches_per_volume,
-        validation_fraction=d.validation_fraction,
-        validation=list(d.validation),
-        cache=Path(d.cache_dir) if d.cache_dir else default_cache(),
-        batch_size=t.batch_size,
-        num_workers=t.num_workers,
-        worker_timeout_s=t.worker_timeout_s,
-        seed=t.seed,
-        max_bad_fraction=d.max_bad_fraction,
-    )
-
-
-def _size(value: Any) -> tuple[int, int, int] | None:
-    if value is None:
-        return None
-    if len(value) != 3 or min(value) < 1:
-        raise ConfigurationError(f"size {list(value)} is no [D, H, W] of positive integers")
-    return int(value[0]), int(value[1]), int(value[2])
-
-
 def build_module(config: DictConfig) -> VQGAN:
     """The module that ``model.*`` and ``training.*`` describe."""
-    model, t = _plain(config.model), _plain(config.training)
+    model, t = plain_dict(config.model), plain_dict(config.training)
     codec_keys, loss_keys = CodecConfig.__dataclass_fields__, LossConfig.__dataclass_fields__
     codec = CodecConfig.from_dict({key: value for key, value in model.items() if key in codec_keys})
     losses = LossConfig(**{key: value for key, value in model.items() if key in loss_keys})
@@ -91,82 +52,6 @@ def build_module(config: DictConfig) -> VQGAN:
     window = HUWindow(config.dataset.hu_min, config.dataset.hu_max)
     torch.manual_seed(t["seed"])
     return VQGAN(codec, losses, optimizer, window, config.hardware.checkpointing)
-
-
-def _plain(config: DictConfig) -> dict[str, Any]:
-    plain = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
-
-
-class ResumeContract(Callback):
-    """What must not change between a run and its continuation; stored in every checkpoint.
-
-    Args:
-        config: of this run.
-        manifest: hash of the cohort.
-        world_size: number of processes; the global batch counts, not how it is spread.
-    """
-
-    def __init__(self, config: DictConfig, manifest: str, world_size: int) -> None:
-        t, d = config.training, config.dataset
-        self.values = {
-            "training.seed": t.seed,
-            "training.batch_size × processes": t.batch_size * world_size,
-            "training.accumulate_grad_batches": t.accumulate_grad_batches,
-            "dataset (volumes)": manifest,
-            "dataset.size": _size(d.size) and list(_size(d.size) or ()),
-            "dataset.patch_size": _size(d.patch_size) and list(_size(d.patch_size) or ()),
-            "dataset.patches_per_volume": d.patches_per_volume,
-            "dataset.hu_min": d.hu_min,
-            "dataset.hu_max": d.hu_max,
-        } | {f"model.{key}": value for key, value in _plain(config.model).items()}
-
-    def check(self, checkpoint: dict[str, Any], path: Path) -> None:
-        """Refuse a checkpoint of another run.
-
-        Raises:
-            ConfigurationError: listing the keys that differ.
-        """
-        theirs = checkpoint.get("resume_contract")
-        if theirs is None:
-            raise InputError(f"{path}: no training checkpoint of this project")
-        differing = [
-            f"{key} ({theirs.get(key)} there, {self.values.get(key)} here)"
-            for key in self.values | theirs
-            if theirs.get(key) != self.values.get(key)
-        ]
-        if differing:
-            raise ConfigurationError(f"{path} cannot be resumed with other settings: {'; '.join(differing)}")
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Store the contract."""
-        checkpoint["resume_contract"] = self.values
-
-
-def find_start(config: DictConfig, checkpoints: Path) -> Path | None:
-    """The checkpoint to resume from, or None for a fresh start.
-
-    Raises:
-        ConfigurationError: the folder holds a run already, and neither resuming nor overwriting was asked for.
-        InputError: the checkpoint is missing or damaged, as are all others.
-    """
-    if config.ckpt_path is None:
-        existing = newest_first(checkpoints)
-        if existing and not config.overwrite:
-            raise ConfigurationError(
-                f"{checkpoints} holds {len(existing)} checkpoint(s) of an earlier run: resume it with ckpt_path=last, "
-                "or start afresh with overwrite=true or another output_dir"
-            )
-        return None
-    if str(config.ckpt_path) == "last":
-        path, rejected = find_resumable(checkpoints)
-        for reason in rejected:
-            log.warning("rejected %s", reason)
-        return path
-    return Path(config.ckpt_path).expanduser()
 
 
 def train(config: DictConfig) -> int:

@@ -1,0 +1,62 @@
+"""The data that a configuration's ``dataset.*`` and ``training.*`` describe, for every trainer."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dataset.data_module import VolumeDataModule
+from dataset.sources import PhantomSource, VolumeSource, default_cache, find_nifti
+from errors import ConfigurationError
+
+log = logging.getLogger(__name__)
+
+
+def data_module(config: DictConfig) -> VolumeDataModule:
+    """The data that ``dataset.*`` and ``training.*`` describe."""
+    d, t = config.dataset, config.training
+    size = size_dhw(d.size)
+    sources: list[VolumeSource] = []
+    if d.name == "nifti" or d.root_dir:
+        sources += find_nifti(d.root_dir)
+    else:
+        grid = size_dhw(d.phantom_size) or size
+        if grid is None:
+            raise ConfigurationError("dataset=phantom needs dataset.size or dataset.phantom_size as [D, H, W]")
+        sources += [PhantomSource(seed, grid) for seed in range(d.first_seed, d.first_seed + d.n_patients)]
+        log.info("data: phantom thoraces; your own: dataset=nifti dataset.root_dir=/folder/of/nii.gz")
+    if size is None and d.patch_size is None:
+        raise ConfigurationError("dataset.size=null keeps native grids: set dataset.patch_size to train on patches")
+    return VolumeDataModule(
+        sources,
+        size_dhw=size,
+        patch_dhw=size_dhw(d.patch_size),
+        patches_per_volume=d.patches_per_volume,
+        validation_fraction=d.validation_fraction,
+        validation=list(d.validation),
+        cache=Path(d.cache_dir) if d.cache_dir else default_cache(),
+        batch_size=t.batch_size,
+        num_workers=t.num_workers,
+        worker_timeout_s=t.worker_timeout_s,
+        seed=t.seed,
+        max_bad_fraction=d.max_bad_fraction,
+    )
+
+
+def size_dhw(value: Any) -> tuple[int, int, int] | None:
+    """A configured size as [D, H, W], None for null."""
+    if value is None:
+        return None
+    if len(value) != 3 or min(value) < 1:
+        raise ConfigurationError(f"size {list(value)} is no [D, H, W] of positive integers")
+    return int(value[0]), int(value[1]), int(value[2])
+
+
+def plain_dict(config: DictConfig) -> dict[str, Any]:
+    """A configuration as plain containers, interpolations resolved."""
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}

@@ -1,0 +1,87 @@
+"""Where a run starts, and what a continuation must not change."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig
+from pytorch_lightning.callbacks import Callback
+
+from dataset.from_config import plain_dict
+from errors import ConfigurationError, InputError
+from vq_gan_3d.checkpointing import find_resumable, newest_first
+
+log = logging.getLogger(__name__)
+
+
+class ResumeContract(Callback):
+    """What must not change between a run and its continuation; stored in every checkpoint.
+
+    Args:
+        config: of this run.
+        manifest: hash of the cohort.
+        world_size: number of processes; the global batch counts, not how it is spread.
+    """
+
+    def __init__(self, config: DictConfig, manifest: str, world_size: int) -> None:
+        t, d = config.training, config.dataset
+        self.values = {
+            "training.seed": t.seed,
+            "training.batch_size × processes": t.batch_size * world_size,
+            "training.accumulate_grad_batches": t.accumulate_grad_batches,
+            "dataset (volumes)": manifest,
+            "dataset.size": d.size and list(d.size),
+            "dataset.patch_size": d.patch_size and list(d.patch_size),
+            "dataset.patches_per_volume": d.patches_per_volume,
+            "dataset.hu_min": d.hu_min,
+            "dataset.hu_max": d.hu_max,
+        } | {f"model.{key}": value for key, value in plain_dict(config.model).items()}
+
+    def check(self, checkpoint: dict[str, Any], path: Path) -> None:
+        """Refuse a checkpoint of another run.
+
+        Raises:
+            ConfigurationError: listing the keys that differ.
+        """
+        theirs = checkpoint.get("resume_contract")
+        if theirs is None:
+            raise InputError(f"{path}: no training checkpoint of this project")
+        differing = [
+            f"{key} ({theirs.get(key)} there, {self.values.get(key)} here)"
+            for key in self.values | theirs
+            if theirs.get(key) != self.values.get(key)
+        ]
+        if differing:
+            raise ConfigurationError(f"{path} cannot be resumed with other settings: {'; '.join(differing)}")
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Store the contract."""
+        checkpoint["resume_contract"] = self.values
+
+
+def find_start(config: DictConfig, checkpoints: Path) -> Path | None:
+    """The checkpoint to resume from, or None for a fresh start.
+
+    Raises:
+        ConfigurationError: the folder holds a run already, and neither resuming nor overwriting was asked for.
+        InputError: the checkpoint is missing or damaged, as are all others.
+    """
+    if config.ckpt_path is None:
+        existing = newest_first(checkpoints)
+        if existing and not config.overwrite:
+            raise ConfigurationError(
+                f"{checkpoints} holds {len(existing)} checkpoint(s) of an earlier run: resume it with ckpt_path=last, "
+                "or start afresh with overwrite=true or another output_dir"
+            )
+        return None
+    if str(config.ckpt_path) == "last":
+        path, rejected = find_resumable(checkpoints)
+        for reason in rejected:
+            log.warning("rejected %s", reason)
+        return path
+    return Path(config.ckpt_path).expanduser()
