@@ -6,9 +6,10 @@ python benchmarks/quality.py --steps 600 --models fsq ema simvq          # phant
 
 from __future__ import annotations
 
+import math
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,8 +26,9 @@ from evaluation.metrics.codebook import CodeUsage
 from evaluation.metrics.image import psnr
 from vq_gan_3d.codec import CodecConfig, VQCodec
 
-VALIDATION_PATCHES = 48
+VALIDATION_PATCHES = 96
 WARMUP_STEPS = 30
+POINTS = 8  # of each curve
 
 
 def patches(arguments: Namespace) -> tuple[VolumeDataset, Tensor]:
@@ -94,12 +96,16 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, (0.9, 0.99), weight_decay=1e-4, fused=True)
     curve: list[tuple[int, float, float, float]] = []
     seconds, step, next_score = 0.0, 0, 0.0
-    done: Callable[[], bool] = lambda: step >= arguments.steps if arguments.steps else seconds >= 60 * arguments.minutes  # noqa: E731
-    interval = arguments.steps / 8 if arguments.steps else 60 * arguments.minutes / 8
+
+    def progress() -> float:
+        """Share of the budget that is spent; the learning rate follows it, so that every curve ends annealed."""
+        return step / arguments.steps if arguments.steps else seconds / (60 * arguments.minutes)
+
     for batch in batches(dataset, arguments.batch):
         start = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, (step + 1) / WARMUP_STEPS)
+            cosine = 0.025 + 0.975 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress())))
+            group["lr"] = learning_rate * cosine * min(1.0, (step + 1) / WARMUP_STEPS)
         with torch.autocast("cpu", torch.bfloat16):
             output, own_loss = model(batch)
         loss = torch.nn.functional.l1_loss(output.float(), batch) + own_loss
@@ -109,11 +115,11 @@ def train(
         optimizer.step()
         seconds += time.perf_counter() - start
         step += 1
-        if (step if arguments.steps else seconds) >= next_score or done():
-            next_score += interval
+        if progress() >= next_score or progress() >= 1:
+            next_score += 1 / POINTS
             curve.append((step, seconds, *score(model, validation, n_codes)))
             print(f"{name}: step {step}, {seconds:.0f} s, {curve[-1][2]:.2f} dB, usage {curve[-1][3]:.1%}", flush=True)
-        if done():
+        if progress() >= 1:
             return curve
     raise AssertionError("the stream of batches is endless")
 

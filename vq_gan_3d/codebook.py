@@ -10,6 +10,7 @@ of a 1 M-voxel batch would take gigabytes).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import ConfigurationError
-from vq_gan_3d.distributed import all_reduce_sum, rank, world_size
+from vq_gan_3d.distributed import all_reduce_mean, all_reduce_sum, rank, world_size
 
 CHUNK_VECTORS = 4096
+SOFTNESS = 2.0  # of FSQ's soft assignment: exp(-2 d²) for a vector d bins away
 
 
 class Quantized(NamedTuple):
@@ -91,16 +93,22 @@ def normal_codes(n_codes: int, code_channels: int) -> Tensor:
     return torch.randn(n_codes, code_channels, generator=torch.Generator().manual_seed(0))
 
 
-def pick_vectors(vectors: Tensor, count: int) -> Tensor:
-    """``count`` random vectors of the global batch, those of other ranks as zeros: their sum over ranks is the pick.
+def pick_vectors(vectors: Tensor, weights: Tensor, count: int) -> Tensor:
+    """``count`` vectors of the global batch drawn by weight, those of other ranks as zeros: their sum is the pick.
 
     Every rank draws the same numbers (the trainer seeds each step alike on all ranks), so that two processes move a
-    dead code to where one process with the same global batch would. Shapes: (N, C) -> (count, C).
+    dead code to where one process with the same global batch would.
+
+    Shapes: vectors (N, C), weights (N,) of at least 0 -> (count, C).
     """
-    n = len(vectors)
-    picks = torch.randint(n * world_size(), (count,)).to(vectors.device) - n * rank()
-    ours = (picks >= 0) & (picks < n)
-    return torch.where(ours[:, None], vectors[picks.clamp(0, n - 1)], 0.0)
+    cumulative = weights.double().clamp_min(1e-12).cumsum(0)
+    totals = torch.zeros(world_size(), dtype=torch.float64, device=vectors.device)
+    totals[rank()] = cumulative[-1]
+    totals = all_reduce_sum(totals)
+    draws = torch.rand(count, dtype=torch.float64).to(vectors.device) * totals.sum() - totals[: rank()].sum()
+    ours = (draws >= 0) & (draws < cumulative[-1])
+    picks = torch.searchsorted(cumulative, draws, right=True).clamp_max(len(vectors) - 1)
+    return torch.where(ours[:, None], vectors[picks], 0.0)
 
 
 class EMACodebook(Quantizer):
@@ -115,7 +123,8 @@ class EMACodebook(Quantizer):
         commitment_weight: β of the commitment loss.
         decay: γ of the running means.
         restart_below: a code whose running count falls under this share of the mean count is moved onto a vector of
-            the present batch.
+            the present batch, drawn by its squared error (as k-means++ does, Arthur and Vassilvitskii 2007): drawn
+            evenly it would be air nearly every time, where a code stands already.
     """
 
     codebook: Tensor
@@ -136,8 +145,8 @@ class EMACodebook(Quantizer):
         self.restart_below = restart_below
         codebook = normal_codes(n_codes, code_channels)
         self.register_buffer("codebook", codebook)
-        self.register_buffer("counts", torch.ones(n_codes))
-        self.register_buffer("sums", codebook.clone())
+        self.register_buffer("counts", torch.full((n_codes,), 0.01))  # light: the first batches may place it anew
+        self.register_buffer("sums", 0.01 * codebook)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """See :meth:`Quantizer.lookup`."""
@@ -148,7 +157,8 @@ class EMACodebook(Quantizer):
         """One step of the running means (in place) on vectors (N, C) assigned to ``indices`` (N,)."""
         counts = torch.bincount(indices, minlength=self.n_codes).float()
         sums = torch.zeros_like(self.sums).index_add_(0, indices, vectors)
-        candidates = pick_vectors(vectors, self.n_codes)
+        errors = (vectors - self.lookup(indices)).square().sum(1)
+        candidates = pick_vectors(vectors, errors, self.n_codes)
         packed = all_reduce_sum(torch.cat([counts[:, None], sums, candidates], dim=1))
         if not bool(packed.isfinite().all()):  # asked of the sum, so all ranks agree not to follow this batch
             return
@@ -156,9 +166,11 @@ class EMACodebook(Quantizer):
         counts = counts[:, 0]
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
-        dead = self.counts < self.restart_below * self.counts.mean()
-        self.sums.copy_(torch.where(dead[:, None], candidates * self.counts.mean(), self.sums))
-        self.counts.copy_(torch.where(dead, self.counts.mean(), self.counts))
+        alive_above = self.restart_below * self.counts.mean()
+        dead = self.counts < alive_above
+        # twice the limit: some ln 2 / (1 - decay) batches to prove itself, and light enough to move to its vectors
+        self.sums.copy_(torch.where(dead[:, None], candidates * (2 * alive_above), self.sums))
+        self.counts.copy_(torch.where(dead, 2 * alive_above, self.counts))
         self.codebook.copy_(self.sums / self.counts.clamp_min(1e-5)[:, None])
 
     def forward(self, z: Tensor) -> Quantized:
@@ -216,20 +228,24 @@ class SimVQ(Quantizer):
 class FSQ(Quantizer):
     """Finite scalar quantisation: each channel is bounded and rounded; the codebook is the grid of all roundings.
 
-    Mentzer et al. 2023, https://arxiv.org/abs/2309.15505, section 3 and appendix A.1. No codebook to learn, no loss.
+    Mentzer et al. 2023, https://arxiv.org/abs/2309.15505, section 3 and appendix A.1. No codebook to learn; the loss is
+    the missing entropy of code use over the batch (Yu et al. 2023, https://arxiv.org/abs/2310.05737, equation 4, its
+    second term): whitening makes the channels uncorrelated, not independent, and corners of the grid stay empty.
 
     Args:
         levels: levels of each channel; their product is the number of codes.
+        entropy_weight: weight of the missing entropy, in nats.
     """
 
     levels: Tensor
     strides: Tensor
 
-    def __init__(self, levels: Sequence[int]) -> None:
+    def __init__(self, levels: Sequence[int], entropy_weight: float = 0.0) -> None:
         if any(level < 2 for level in levels):
             raise ConfigurationError(f"model.fsq_levels={list(levels)}: every channel needs at least 2 levels")
         sizes = torch.tensor(list(levels))
         super().__init__(int(sizes.prod()), len(levels))
+        self.entropy_weight = entropy_weight
         self.register_buffer("levels", sizes, persistent=False)
         self.register_buffer("strides", torch.cat([torch.ones(1, dtype=torch.int64), sizes[:-1].cumprod(0)]), False)
 
@@ -238,6 +254,19 @@ class FSQ(Quantizer):
         # Bins of equal width, for odd and even levels alike; at a gain of 0.8 a standard normal, as whitening
         # makes it, is nearly uniform after tanh and fills them equally.
         return (0.5 * torch.tanh(0.8 * vectors) + 0.5) * self.levels - 0.5
+
+    def _missing_entropy(self, bounded: Tensor) -> Tensor:
+        """Log K minus the entropy of soft code use over the global batch, in nats: (N, C) -> scalar."""
+        part = bounded[:: max(1, len(bounded) // CHUNK_VECTORS)]  # (n, C): all of them would take n x K floats
+        use = part.new_ones(len(part), 1)
+        for channel, level in enumerate(self.levels.tolist()):
+            distances = part[:, channel, None] - torch.arange(level, device=part.device)  # (n, level)
+            soft = torch.softmax(-SOFTNESS * distances.square(), dim=1)
+            use = (soft[:, :, None] * use[:, None, :]).flatten(1)  # (n, codes so far)
+        mean = use.mean(0)  # (K,)
+        # DDP averages gradients: each rank lets its own share through, at the place that all ranks agree on
+        mean = mean + (all_reduce_mean(mean.detach().clone()) - mean.detach())
+        return math.log(self.n_codes) + torch.xlogy(mean, mean).sum()
 
     def _to_codes(self, digits: Tensor) -> Tensor:
         """Digits 0 ... level-1 -> codes in [-1, 1]."""
@@ -255,7 +284,8 @@ class FSQ(Quantizer):
             digits = torch.minimum(bounded.detach().round().clamp_min(0), self.levels - 1)
             indices = (digits.long() * self.strides).sum(1)  # (N,)
             codes = self._to_codes(bounded + (digits - bounded).detach())  # (N, C)
-            loss = bounded.new_zeros(())
+            train_use = self.training and self.entropy_weight > 0
+            loss = self.entropy_weight * self._missing_entropy(bounded) if train_use else bounded.new_zeros(())
             return Quantized(unflatten_channels(codes, z), indices.view(z.shape[0], *z.shape[2:]), loss)
 
 
@@ -267,6 +297,7 @@ def build_quantizer(
     commitment_weight: float,
     ema_decay: float,
     restart_below: float,
+    entropy_weight: float,
 ) -> Quantizer:
     """The quantizer that a configuration names: ``ema``, ``simvq`` or ``fsq``.
 
@@ -278,7 +309,7 @@ def build_quantizer(
     if name == "simvq":
         return SimVQ(n_codes, code_channels, commitment_weight)
     if name == "fsq":
-        quantizer = FSQ(fsq_levels)
+        quantizer = FSQ(fsq_levels, entropy_weight)
         if quantizer.n_codes != n_codes:
             product = "×".join(map(str, fsq_levels))
             raise ConfigurationError(

@@ -36,6 +36,7 @@ class CodecConfig:
         commitment_weight: weight β of the commitment loss (``ema``, ``simvq``).
         ema_decay: decay of the running means (``ema``).
         restart_below: share of the mean count under which a code is restarted (``ema``).
+        entropy_weight: weight of the missing entropy of code use, in nats (``fsq``).
     """
 
     widths: tuple[int, ...] = (64, 128, 320)
@@ -47,9 +48,10 @@ class CodecConfig:
     n_codes: int = 512
     quantizer: str = "fsq"
     fsq_levels: tuple[int, ...] = field(default=(8, 4, 4, 4))
-    commitment_weight: float = 0.25
-    ema_decay: float = 0.99
+    commitment_weight: float = 0.02
+    ema_decay: float = 0.97
     restart_below: float = 0.03
+    entropy_weight: float = 0.02
 
     def __post_init__(self) -> None:
         lengths = {len(self.widths), len(self.strides), len(self.encoder_blocks), len(self.decoder_blocks)}
@@ -138,7 +140,14 @@ class VQCodec(nn.Module):
         self.to_code = nn.Conv3d(c.widths[-1], c.code_channels, 1)
         self.code_norm = CodeNorm(c.code_channels)
         self.quantizer = build_quantizer(
-            c.quantizer, c.n_codes, c.code_channels, c.fsq_levels, c.commitment_weight, c.ema_decay, c.restart_below
+            c.quantizer,
+            c.n_codes,
+            c.code_channels,
+            c.fsq_levels,
+            c.commitment_weight,
+            c.ema_decay,
+            c.restart_below,
+            c.entropy_weight,
         )
         self.to_embedding = nn.Conv3d(c.code_channels, c.embedding_dim, 1)
         self.decoder = Decoder(1, c.embedding_dim, c.widths, c.strides, c.decoder_blocks)

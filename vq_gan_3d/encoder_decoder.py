@@ -45,6 +45,18 @@ def depth_to_space(x: Tensor, stride: Stride) -> Tensor:
     return x.reshape(b, d * p, h * q, w * r, -1).permute(0, 4, 1, 2, 3)
 
 
+@torch.no_grad()
+def repeat_over_shuffle(conv: nn.Conv3d, stride: Stride) -> None:
+    """Start a convolution before a voxel shuffle with equal weights for all voxels of a block: no grid to unlearn.
+
+    ICNR (Aitken et al. 2017, https://arxiv.org/abs/1707.02937): shuffle after it is nearest-neighbour up-sampling.
+    """
+    copies = stride[0] * stride[1] * stride[2]
+    for parameter in (conv.weight, conv.bias):
+        assert parameter is not None
+        parameter.copy_(parameter[: len(parameter) // copies].repeat(copies, *(1,) * (parameter.dim() - 1)))
+
+
 class ChannelNorm(nn.Module):
     """Layer norm over the channels of each voxel; uses no statistics over space."""
 
@@ -156,6 +168,8 @@ class Decoder(nn.Module):
         p, q, r = self.strides[-1]
         self.norm = ChannelNorm(coarse_to_fine[-1])
         self.head = nn.Conv3d(coarse_to_fine[-1], out_channels * p * q * r, 3, padding=1)
+        for conv, stride in zip([*self.ups, self.head], self.strides, strict=True):
+            repeat_over_shuffle(conv, stride)
 
     def forward(self, embedding: Tensor) -> Tensor:
         """(B, embedding_dim, d, h, w) -> (B, C, d*sd, h*sh, w*sw), unbounded: clamping is for outputs, not losses."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,7 @@ from vq_gan_3d.codebook import (
     flatten_channels,
     nearest_codes,
     normal_codes,
+    pick_vectors,
     unflatten_channels,
 )
 
@@ -67,6 +70,7 @@ def test_ema_update_is_the_equation():
     book = EMACodebook(2, 1, commitment_weight=0.25, decay=0.5, restart_below=0.0)
     book.codebook.copy_(torch.tensor([[-1.0], [1.0]]))
     book.sums.copy_(book.codebook)
+    book.counts.fill_(1.0)
     z = torch.tensor([[-2.0], [-3.0], [0.5], [2.0], [3.0]])
     out = book(as_grid(z))
     assert out.indices.flatten().tolist() == [0, 0, 1, 1, 1]
@@ -115,10 +119,40 @@ def test_dead_codes_restart_on_vectors_of_the_batch():
     assert len(book(as_grid(vectors)).indices.unique()) > 3
 
 
+def test_restarts_go_where_the_error_is():
+    torch.manual_seed(0)
+    vectors = torch.arange(4.0)[:, None]
+    picks = pick_vectors(vectors, torch.tensor([1.0, 0.0, 3.0, 0.0]), 4000)[:, 0]
+    assert set(picks.tolist()) == {0.0, 2.0}
+    assert 0.72 < float((picks == 2).double().mean()) < 0.78
+    # every error 0: any vector will do, but a vector of the batch it is
+    assert set(pick_vectors(vectors + 1, torch.zeros(4), 100)[:, 0].tolist()) == {1.0, 2.0, 3.0, 4.0}
+
+
+def test_ema_reaches_all_of_a_batch_that_is_mostly_air():
+    """Nine of ten vectors are one point, as air outside the body is: restarts drawn evenly would pile up there."""
+    torch.manual_seed(0)
+    book = EMACodebook(64, 4, decay=0.9)
+    for _ in range(150):
+        vectors = torch.cat([torch.full((3600, 4), -0.3), torch.randn(400, 4) + 1])
+        indices = book(as_grid(vectors)).indices
+    assert len(indices.unique()) >= 60
+
+
+def test_a_restarted_code_is_light():
+    book = EMACodebook(4, 1, decay=0.5, restart_below=0.1)
+    book.codebook.copy_(torch.tensor([[0.0], [50.0], [60.0], [70.0]]))
+    book.counts.copy_(torch.tensor([8.0, 0.01, 0.01, 0.01]))
+    book(as_grid(torch.randn(8, 1)))
+    mean = (8.0 + 3 * 0.005) / 4
+    torch.testing.assert_close(book.counts[1:], torch.full((3,), 2 * 0.1 * mean))
+    assert float(book.codebook.abs().max()) < 10
+
+
 @pytest.mark.parametrize("name", ["ema", "simvq", "fsq"])
 def test_many_vectors_under_autocast_stay_finite(name):
     torch.manual_seed(0)
-    quantizer = build_quantizer(name, 512, 4, (8, 4, 4, 4), 0.25, 0.99, 0.03)
+    quantizer = build_quantizer(name, 512, 4, (8, 4, 4, 4), 0.25, 0.99, 0.03, 0.02)
     z = torch.randn(1, 4, 32, 64, 64, requires_grad=True)  # 131 072 vectors
     with torch.autocast("cpu", torch.bfloat16):
         out = quantizer(z.bfloat16())
@@ -175,6 +209,34 @@ def test_fsq_is_the_grid_of_all_levels(levels):
     torch.testing.assert_close(quantizer.lookup(out.indices).permute(0, 4, 1, 2, 3), out.codes, atol=1e-6, rtol=0)
 
 
+def test_missing_entropy_of_even_and_of_single_use():
+    quantizer = FSQ((8, 4), entropy_weight=1.0)
+    grid = torch.cartesian_prod(torch.arange(8.0), torch.arange(4.0))  # each code once
+    z = torch.atanh(2 * (grid + 0.5) / torch.tensor([8.0, 4.0]) - 1) / 0.8  # the bound's inverse
+    even, single = quantizer(as_grid(z)).loss, quantizer(as_grid(z[:1].repeat(32, 1))).loss
+    assert 0 <= float(even) < 0.01
+    assert math.log(32) - 1 < float(single) <= math.log(32)
+    assert float(quantizer.eval()(as_grid(z[:1].repeat(32, 1))).loss) == 0  # training's business alone
+    assert float(FSQ((8, 4))(as_grid(z)).loss) == 0
+
+
+def test_missing_entropy_drives_vectors_to_unused_codes():
+    torch.manual_seed(0)
+    quantizer = FSQ((8, 4, 4, 4), entropy_weight=1.0)
+    # uncorrelated but not independent: on the sphere most corners of the grid are empty
+    z = F.normalize(torch.randn(4000, 4)) * 1.2
+    z = z.requires_grad_()
+    optimizer = torch.optim.Adam([z], 0.03)
+    before = len(quantizer(as_grid(z)).indices.unique())
+    for _ in range(60):
+        optimizer.zero_grad()
+        quantizer(z.T[None, :, :, None, None]).loss.backward()
+        optimizer.step()
+    after = len(quantizer(as_grid(z.detach())).indices.unique())
+    assert before < 400
+    assert after > 500
+
+
 def test_fsq_meets_infinite_and_huge_input():
     quantizer = FSQ((8, 4, 4, 4))
     out = quantizer(as_grid(torch.tensor([[1e30] * 4, [-1e30] * 4, [float("inf")] * 4])))
@@ -194,7 +256,7 @@ def test_fsq_orders_codes_along_each_channel():
 @pytest.mark.parametrize(("name", "n_codes", "levels"), [("fsq", 500, (8, 4, 4, 4)), ("vq", 512, (8, 4, 4, 4))])
 def test_refusals(name, n_codes, levels):
     with pytest.raises(ConfigurationError) as caught:
-        build_quantizer(name, n_codes, 4, levels, 0.25, 0.99, 0.03)
+        build_quantizer(name, n_codes, 4, levels, 0.25, 0.99, 0.03, 0.02)
     assert "model." in str(caught.value)
     with pytest.raises(ConfigurationError):
         FSQ((4, 1))
@@ -208,7 +270,7 @@ def test_each_quantizer_learns_a_small_problem(name):
     torch.manual_seed(0)
     angle = torch.rand(512) * 6.283
     points = torch.stack([angle.cos(), angle.sin(), (2 * angle).sin()], 1)
-    quantizer = build_quantizer(name, 64, 2, (8, 8), 0.25, 0.9, 0.03)
+    quantizer = build_quantizer(name, 64, 2, (8, 8), 0.02, 0.9, 0.03, 0.02)
     encoder, norm = torch.nn.Linear(3, 2), CodeNorm(2)
     decoder = torch.nn.Sequential(torch.nn.Linear(2, 32), torch.nn.Tanh(), torch.nn.Linear(32, 3))
     modules = torch.nn.ModuleList([encoder, norm, quantizer, decoder])

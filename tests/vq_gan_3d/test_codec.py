@@ -218,3 +218,13 @@ def test_the_default_model():
     assert counts["generator"] == parts
     assert counts["total"] == parts + counts["discriminator (slices)"] + counts["discriminator (volume)"]
     assert counts["total"] == sum(p.numel() for p in module.parameters())
+
+
+def test_a_fresh_decoder_shows_no_grid_of_the_voxel_shuffle():
+    """Voxels of one shuffle block start equal: nearest-neighbour up-sampling, nothing to unlearn."""
+    torch.manual_seed(0)
+    codec = VQCodec(CodecConfig(widths=(8, 16, 16), encoder_blocks=(1, 1, 1), decoder_blocks=(1, 1, 1)))
+    out = codec.decode_indices(torch.randint(512, (1, 2, 3, 4)))[0, 0]  # (8, 12, 16)
+    blocks = out.reshape(4, 2, 6, 2, 8, 2)
+    assert torch.equal(blocks, blocks[:, :1, :, :1, :, :1].expand_as(blocks))
+    assert float(out.std()) > 1e-3
