@@ -15,17 +15,16 @@ from torch import Tensor, nn
 
 import config as shared_config
 from benchmarks.harness import (
-    PeakMemory,
     Row,
     conv_mflop_per_voxel_step,
     measure_conv_roof,
     medians,
-    peak_rss_of,
     print_table,
     standard_parser,
     time_interleaved,
     write_report,
 )
+from benchmarks.memory import PeakMemory, peak_rss_of
 from benchmarks.peers import monai_step, monai_vqvae, why_no_monai
 from benchmarks.reference import ReferenceVQGAN, fused_adam, reference_step
 from vq_gan_3d.codebook import nearest_codes

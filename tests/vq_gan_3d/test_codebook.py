@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.harness import peak_rss_of
+from benchmarks.memory import peak_rss_of
 from errors import ConfigurationError
 from vq_gan_3d.codebook import (
     FSQ,
