@@ -54,10 +54,10 @@ class _Whiten(torch.autograd.Function):
 class CodeNorm(nn.Module):
     """Running whitening of the code channels: the quantizer always meets mean 0 and covariance 1.
 
-    Quantizers can so start from standard normal codes, their channels share the work, and the latents of the diffusion
-    model come out standardised. The first training batch sets the moments; they are buffers, so a resumed run goes on
-    with them. The forward pass uses running moments in training and in use alike, so the codec stays one local
-    function (a patch of air is not stretched to variance 1).
+    Codes can so start where the data is, the channels share the work, and the latents of the diffusion model come out
+    standardised. The first training batch sets the moments; they are buffers, so a resumed run goes on with them. The
+    forward pass uses running moments in training and in use alike, so the codec stays one local function (a patch of
+    air is not stretched to variance 1).
 
     Args:
         channels: C.

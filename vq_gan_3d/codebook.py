@@ -1,8 +1,10 @@
 """Quantizers: EMA codebook, SimVQ and FSQ behind one small contract.
 
 All look codes up in a low-dimensional space (a few channels; Yu et al. 2022, https://arxiv.org/abs/2110.04627), which
-keeps every code in use and gives the diffusion model a compact latent. All expect whitened input (see ``code_norm``),
-so that codes drawn from a standard normal lie where the data is from the first step on.
+keeps every code in use and gives the diffusion model a compact latent. All expect whitened input (see ``code_norm``)
+and squash it: codes spread evenly over the cube lie where the data is from the first step on, and a vector beyond the
+last code cannot run away (its gradient would go on pushing it, the outliers would rule the whitening, and all others
+would fall on a few codes: so SimVQ was left with 3 of 512 after 38 steps).
 
 The arithmetic is fp32 whatever the autocast (fp16 sums over 131 k vectors overflow), in chunks (an N×K distance matrix
 of a 1 M-voxel batch would take gigabytes).
@@ -29,7 +31,7 @@ class Quantized(NamedTuple):
     """What a quantizer returns.
 
     Attributes:
-        codes: (B, C, D, H, W) quantised code, float32, gradient passed straight through to the input.
+        codes: (B, C, D, H, W) quantised code in [-1, 1], float32, gradient straight through to the squashed input.
         indices: (B, D, H, W) int64 code numbers.
         loss: scalar, commitment and codebook terms; zero where the quantizer needs none.
     """
@@ -88,9 +90,14 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
 
-def normal_codes(n_codes: int, code_channels: int) -> Tensor:
-    """Standard normal codes (K, C), from a generator of their own: the same on every rank and for every seed."""
-    return torch.randn(n_codes, code_channels, generator=torch.Generator().manual_seed(0))
+def squash(z: Tensor) -> Tensor:
+    """Whitened values -> (-1, 1); with a gain of 0.8 a standard normal comes out nearly uniform."""
+    return torch.tanh(0.8 * z)
+
+
+def even_codes(n_codes: int, code_channels: int) -> Tensor:
+    """Codes (K, C) uniform in the cube, from a generator of their own: the same on every rank and for every seed."""
+    return 2 * torch.rand(n_codes, code_channels, generator=torch.Generator().manual_seed(0)) - 1
 
 
 def pick_vectors(vectors: Tensor, weights: Tensor, count: int) -> Tensor:
@@ -143,7 +150,7 @@ class EMACodebook(Quantizer):
         self.commitment_weight = commitment_weight
         self.decay = decay
         self.restart_below = restart_below
-        codebook = normal_codes(n_codes, code_channels)
+        codebook = even_codes(n_codes, code_channels)
         self.register_buffer("codebook", codebook)
         self.register_buffer("counts", torch.full((n_codes,), 0.01))  # light: the first batches may place it anew
         self.register_buffer("sums", 0.01 * codebook)
@@ -176,7 +183,7 @@ class EMACodebook(Quantizer):
     def forward(self, z: Tensor) -> Quantized:
         """See :meth:`Quantizer.forward`; in training mode the codebook moves after the lookup."""
         with torch.autocast(z.device.type, enabled=False):
-            vectors = flatten_channels(z)  # (N, C)
+            vectors = squash(flatten_channels(z))  # (N, C)
             indices = nearest_codes(vectors.detach(), self.codebook)  # (N,)
             codes = self.lookup(indices)  # (N, C)
             if self.training:
@@ -190,7 +197,7 @@ class SimVQ(Quantizer):
     """Frozen random codebook seen through one trained linear map: all codes move together, none dies.
 
     Zhu et al. 2024, https://arxiv.org/abs/2411.02038, equations 5-7. The map starts as the identity, which fits since
-    the input is whitened: on unscaled input every vector falls on one code at once.
+    the input is whitened and squashed: on unscaled input every vector falls on one code at once.
 
     Args:
         n_codes: K.
@@ -203,7 +210,7 @@ class SimVQ(Quantizer):
     def __init__(self, n_codes: int, code_channels: int, commitment_weight: float = 0.25) -> None:
         super().__init__(n_codes, code_channels)
         self.commitment_weight = commitment_weight
-        self.register_buffer("frozen_codes", normal_codes(n_codes, code_channels))
+        self.register_buffer("frozen_codes", even_codes(n_codes, code_channels))
         self.map = nn.Linear(code_channels, code_channels)
         with torch.no_grad():
             self.map.weight.copy_(torch.eye(code_channels))
@@ -216,7 +223,7 @@ class SimVQ(Quantizer):
     def forward(self, z: Tensor) -> Quantized:
         """See :meth:`Quantizer.forward`."""
         with torch.autocast(z.device.type, enabled=False):
-            vectors = flatten_channels(z)  # (N, C)
+            vectors = squash(flatten_channels(z))  # (N, C)
             codebook = F.linear(self.frozen_codes, self.map.weight, self.map.bias)  # (K, C)
             indices = nearest_codes(vectors.detach(), codebook.detach())  # (N,)
             codes = F.embedding(indices, codebook)  # (N, C)
@@ -251,9 +258,7 @@ class FSQ(Quantizer):
 
     def _bound(self, vectors: Tensor) -> Tensor:
         """(N, C) -> (N, C), each channel squeezed into (-0.5, level - 0.5): rounding gives 0 ... level-1."""
-        # Bins of equal width, for odd and even levels alike; at a gain of 0.8 a standard normal, as whitening
-        # makes it, is nearly uniform after tanh and fills them equally.
-        return (0.5 * torch.tanh(0.8 * vectors) + 0.5) * self.levels - 0.5
+        return (0.5 * squash(vectors) + 0.5) * self.levels - 0.5  # bins of equal width, for odd and even levels alike
 
     def _missing_entropy(self, bounded: Tensor) -> Tensor:
         """Log K minus the entropy of soft code use over the global batch, in nats: (N, C) -> scalar."""

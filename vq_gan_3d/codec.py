@@ -48,7 +48,7 @@ class CodecConfig:
     n_codes: int = 512
     quantizer: str = "fsq"
     fsq_levels: tuple[int, ...] = field(default=(8, 4, 4, 4))
-    commitment_weight: float = 0.02
+    commitment_weight: float = 0.25
     ema_decay: float = 0.97
     restart_below: float = 0.03
     entropy_weight: float = 0.02

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
 
+from dataset.atomic import atomic_write
 from dataset.geometry import spacing_mm
 from evaluation.panels import panel_image, save_panel
 from params import MEDIASTINUM_WINDOW
@@ -45,7 +47,8 @@ def log_to_file(path: Path) -> None:
 class CsvLog(Callback):
     """Appends training scalars to ``train.csv`` and validation metrics to ``validation.csv``, one row a step.
 
-    Columns that appear later (the adversarial terms) start a new header by rewriting the file; a resumed run appends.
+    Columns that appear later (the adversarial terms) start a new header by rewriting the file; a resumed run drops what
+    lies beyond its checkpoint and appends.
 
     Args:
         folder: where the tables go.
@@ -65,23 +68,29 @@ class CsvLog(Callback):
         metrics = trainer.callback_metrics
         row |= {name[len(prefix) :]: f"{float(metrics[name]):.6g}" for name in metrics if name.startswith(prefix)}
         path = self.folder / table
-        old: list[dict[str, str]] = []
-        columns = list(row)
-        if path.exists():
-            with path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                known = list(reader.fieldnames or [])
-                if set(row) <= set(known):
-                    columns = known
-                else:
-                    old, columns = list(reader), known + [name for name in row if name not in known]
-        fresh = not path.exists() or bool(old) or columns != (known if path.exists() else [])
-        with path.open("w" if fresh else "a", newline="") as file:
-            writer = csv.DictWriter(file, columns, restval="")
-            if fresh:
-                writer.writeheader()
-                writer.writerows(old)
-            writer.writerow(row)
+        columns = _columns(path)
+        if set(row) <= set(columns):
+            with path.open("a", newline="") as file:
+                csv.DictWriter(file, columns, restval="").writerow(row)
+        else:
+            old = _rows(path) if columns else []
+            _rewrite(path, columns + [name for name in row if name not in columns], [*old, row])
+
+    def _forget(self, table: str, from_step: int) -> None:
+        """Drop rows of a run that was killed after its last checkpoint: its steps are taken again."""
+        path = self.folder / table
+        if columns := _columns(path):
+            rows = _rows(path)
+            # a row that a kill cut short has no step or too few cells
+            kept = [row for row in rows if None not in row.values() and int(row["step"] or from_step) < from_step]
+            if len(kept) < len(rows):
+                _rewrite(path, columns, kept)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A resumed run goes on where its checkpoint was."""
+        if trainer.is_global_zero:
+            for table in ("train.csv", "validation.csv"):
+                self._forget(table, steps_of(pl_module) + 1)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """One row of training scalars, now and then."""
@@ -89,9 +98,32 @@ class CsvLog(Callback):
             self._append("train.csv", "train/", trainer, steps_of(pl_module))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """One row of validation metrics."""
+        """One row of validation metrics; of a validation that is repeated after a resume, the last counts."""
         if not trainer.sanity_checking and not self.graceful_stop.signal_number:
+            if trainer.is_global_zero:
+                self._forget("validation.csv", steps_of(pl_module))
             self._append("validation.csv", "val/", trainer, steps_of(pl_module))
+
+
+def _columns(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file).fieldnames or [])
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _rewrite(path: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_write(path) as handle:
+        handle.write(text.getvalue().encode())
 
 
 class PanelLog(Callback):

@@ -15,9 +15,9 @@ from vq_gan_3d.codebook import (
     EMACodebook,
     SimVQ,
     build_quantizer,
+    even_codes,
     flatten_channels,
     nearest_codes,
-    normal_codes,
     pick_vectors,
     unflatten_channels,
 )
@@ -26,6 +26,11 @@ from vq_gan_3d.codebook import (
 def as_grid(vectors):
     """(N, C) -> (1, C, N, 1, 1)."""
     return vectors.T[None, :, :, None, None].clone()
+
+
+def unsquash(values):
+    """Inverse of the quantizers' bound."""
+    return torch.atanh(values) / 0.8
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 128, 200])
@@ -43,9 +48,9 @@ def test_nearest_codes_equals_brute_force(n, channels):
 def test_ties_go_to_the_lowest_index_and_codes_find_themselves():
     codebook = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0]])
     assert nearest_codes(torch.zeros(3, 2), codebook).tolist() == [0, 0, 0]
-    codes = normal_codes(512, 8)
+    codes = even_codes(512, 8)
     assert torch.equal(nearest_codes(codes, codes, chunk=100), torch.arange(512))
-    assert torch.equal(normal_codes(512, 8), codes)  # always the same
+    assert torch.equal(even_codes(512, 8), codes)  # always the same
 
 
 def million_lookups():
@@ -71,15 +76,16 @@ def test_ema_update_is_the_equation():
     book.codebook.copy_(torch.tensor([[-1.0], [1.0]]))
     book.sums.copy_(book.codebook)
     book.counts.fill_(1.0)
-    z = torch.tensor([[-2.0], [-3.0], [0.5], [2.0], [3.0]])
-    out = book(as_grid(z))
+    vectors = torch.tensor([-0.5, -0.25, 0.125, 0.5, 0.75])  # after squashing
+    out = book(as_grid(unsquash(vectors)[:, None]))
     assert out.indices.flatten().tolist() == [0, 0, 1, 1, 1]
     assert out.codes.flatten().tolist() == [-1, -1, 1, 1, 1]  # looked up before the move
-    assert float(out.loss) == pytest.approx(0.25 * (1 + 4 + 0.25 + 1 + 4) / 5)
+    squares = 0.5**2 + 0.75**2 + 0.875**2 + 0.5**2 + 0.25**2
+    assert float(out.loss) == pytest.approx(0.25 * squares / 5)
     # N <- N/2 + n/2, m <- m/2 + sum/2, e = m/N (van den Oord et al., equations 6-8)
     assert book.counts.tolist() == [0.5 * 1 + 0.5 * 2, 0.5 * 1 + 0.5 * 3]
-    assert book.sums.flatten().tolist() == [-0.5 - 2.5, 0.5 + 2.75]
-    assert book.codebook.flatten().tolist() == pytest.approx([-3.0 / 1.5, 3.25 / 2.0])
+    assert book.sums.flatten().tolist() == pytest.approx([-0.5 - 0.375, 0.5 + 0.6875])
+    assert book.codebook.flatten().tolist() == pytest.approx([-0.875 / 1.5, 1.1875 / 2.0])
 
 
 def test_ema_does_not_move_in_use():
@@ -110,13 +116,13 @@ def test_dead_codes_restart_on_vectors_of_the_batch():
     torch.manual_seed(0)
     book = EMACodebook(6, 2, decay=0.0, restart_below=0.1)
     book.codebook.copy_(torch.tensor([[0.0, 0.0], [9, 9], [9, -9], [-9, 9], [-9, -9], [9, 0]]))
-    vectors = torch.randn(50, 2)  # all next to code 0
-    book(as_grid(vectors))
+    vectors = torch.rand(50, 2) - 0.5  # all next to code 0
+    book(as_grid(unsquash(vectors)))
     torch.testing.assert_close(book.codebook[0], vectors.mean(0))
     distance = torch.cdist(book.codebook[1:], vectors).min(1).values
     assert distance.max() < 1e-5
     assert len(book.codebook.unique(dim=0)) > 3
-    assert len(book(as_grid(vectors)).indices.unique()) > 3
+    assert len(book(as_grid(unsquash(vectors))).indices.unique()) > 3
 
 
 def test_restarts_go_where_the_error_is():
@@ -166,12 +172,12 @@ def test_many_vectors_under_autocast_stay_finite(name):
     assert len(out.indices.unique()) > 350  # on whitened input, from the first step on
 
 
-def test_straight_through_passes_the_gradient_unchanged():
+def test_straight_through_stops_at_the_lookup_not_at_the_bound():
     for quantizer in (EMACodebook(16, 2, 0.0), SimVQ(16, 2, 0.0)):
         z = torch.randn(1, 2, 3, 3, 3, requires_grad=True)
         weight = torch.randn_like(z)
         (quantizer(z).codes * weight).sum().backward()
-        torch.testing.assert_close(z.grad, weight)
+        torch.testing.assert_close(z.grad, weight * 0.8 * (1 - torch.tanh(0.8 * z.detach()).square()))
 
 
 def test_simvq_trains_its_map_alone():
@@ -212,7 +218,7 @@ def test_fsq_is_the_grid_of_all_levels(levels):
 def test_missing_entropy_of_even_and_of_single_use():
     quantizer = FSQ((8, 4), entropy_weight=1.0)
     grid = torch.cartesian_prod(torch.arange(8.0), torch.arange(4.0))  # each code once
-    z = torch.atanh(2 * (grid + 0.5) / torch.tensor([8.0, 4.0]) - 1) / 0.8  # the bound's inverse
+    z = unsquash(2 * (grid + 0.5) / torch.tensor([8.0, 4.0]) - 1)
     even, single = quantizer(as_grid(z)).loss, quantizer(as_grid(z[:1].repeat(32, 1))).loss
     assert 0 <= float(even) < 0.01
     assert math.log(32) - 1 < float(single) <= math.log(32)
@@ -282,6 +288,6 @@ def test_each_quantizer_learns_a_small_problem(name):
         optimizer.zero_grad()
         (error + out.loss).backward()
         optimizer.step()
-        losses.append(float(error))
+        losses.append(float(error.detach()))
     assert losses[-1] < 0.3 * losses[0]
     assert len(out.indices.unique()) > 10
