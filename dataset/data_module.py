@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from dataset.sampler import ResumableSampler
 from dataset.sources import Size, VolumeSource, manifest, prepare_all
-from dataset.splits import split_patients
+from dataset.splits import SPLIT_NAMES, TRAIN, VALIDATION, assign_splits
 from dataset.volume_dataset import VolumeDataset, collate
 from errors import ConfigurationError, InputError
 
@@ -26,6 +26,26 @@ def _outlive_signals(worker: int) -> None:
     """Let a worker live while the trainer saves: Ctrl-C, `timeout` and SLURM send their signal to workers as well."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_GRACE_S))
+
+
+def _given_splits(sources: Sequence[VolumeSource]) -> dict[str, str | None]:
+    """The split that each patient's sources name, None where they name none.
+
+    Raises:
+        ConfigurationError: a split that is none, or one patient in two of them.
+    """
+    given: dict[str, str | None] = {}
+    for source in sources:
+        named = getattr(source, "split", None)
+        if named is not None and str(named).lower() not in SPLIT_NAMES:
+            raise ConfigurationError(f"{source.name}: split {named!r} is none of train, validation, test")
+        split = None if named is None else SPLIT_NAMES[str(named).lower()]
+        if given.setdefault(source.patient, split) != split:
+            raise ConfigurationError(
+                f"patient {source.patient} is in two splits ({given[source.patient]}, {split}): "
+                "give all volumes of a patient the same"
+            )
+    return given
 
 
 class VolumeDataModule(pl.LightningDataModule):
@@ -44,6 +64,10 @@ class VolumeDataModule(pl.LightningDataModule):
         worker_timeout_s: a worker that is silent for longer ends the run.
         seed: of order and positions.
         max_bad_fraction: share of volumes that may be unreadable.
+        tissue_bias: share of training patches that are centred in the body.
+
+    Raises:
+        ConfigurationError: an empty split, or splits that contradict each other.
     """
 
     def __init__(
@@ -61,6 +85,7 @@ class VolumeDataModule(pl.LightningDataModule):
         worker_timeout_s: float,
         seed: int,
         max_bad_fraction: float,
+        tissue_bias: float = 0.0,
     ) -> None:
         super().__init__()
         self.manifest = manifest(sources)
@@ -70,10 +95,14 @@ class VolumeDataModule(pl.LightningDataModule):
         self.batch_size, self.num_workers, self.worker_timeout_s = batch_size, num_workers, worker_timeout_s
         self.seed = seed
         self.max_bad_fraction = max_bad_fraction
-        training, held_out = split_patients((s.patient for s in sources), validation_fraction, validation)
+        self.tissue_bias = tissue_bias
+        splits = assign_splits(
+            _given_splits(sources), validation_fraction=validation_fraction, validation=list(validation)
+        )
+        # sources of the test split are in neither: nothing here ever opens them
         self.sources = {
-            "training": [source for source in sources if source.patient in training],
-            "validation": [source for source in sources if source.patient in held_out],
+            "training": [source for source in sources if splits[source.patient] == TRAIN],
+            "validation": [source for source in sources if splits[source.patient] == VALIDATION],
         }
         self.bad: dict[str, str] = {}
         self.datasets: dict[str, VolumeDataset] = {}
@@ -101,6 +130,7 @@ class VolumeDataModule(pl.LightningDataModule):
                 random=train,
                 patches_per_volume=self.patches_per_volume if train else 1,
                 seed=self.seed,
+                tissue_bias=self.tissue_bias,
             )
         count = len(self.datasets["training"])
         self.sampler = ResumableSampler(count, self.batch_size, self.seed, rank, world_size)

@@ -9,25 +9,22 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dataset.data_module import VolumeDataModule
-from dataset.sources import PhantomSource, VolumeSource, default_cache, find_nifti
+from dataset.sources import PhantomSource, VolumeSource, default_cache, find_nifti, find_stores
 from errors import ConfigurationError
 
 log = logging.getLogger(__name__)
+# Public collections with tables of their own: `dataset.pairs` reads them.
+COHORTS = ("rspect", "lidc", "xray_ctpa")
 
 
 def data_module(config: DictConfig) -> VolumeDataModule:
     """The data that ``dataset.*`` and ``training.*`` describe."""
     d, t = config.dataset, config.training
     size = size_dhw(d.size)
-    sources: list[VolumeSource] = []
-    if d.name == "nifti" or d.root_dir:
-        sources += find_nifti(d.root_dir)
-    else:
-        grid = size_dhw(d.phantom_size) or size
-        if grid is None:
-            raise ConfigurationError("dataset=phantom needs dataset.size or dataset.phantom_size as [D, H, W]")
-        sources += [PhantomSource(seed, grid) for seed in range(d.first_seed, d.first_seed + d.n_patients)]
-        log.info("data: phantom thoraces; your own: dataset=nifti dataset.root_dir=/folder/of/nii.gz")
+    tissue_bias = float(d.get("tissue_bias") or 0.0)  # absent from the record of earlier runs
+    if not 0 <= tissue_bias <= 1:
+        raise ConfigurationError(f"dataset.tissue_bias={tissue_bias}: a share of the patches is in [0, 1]")
+    sources = volume_sources(config.dataset)
     if size is None and d.patch_size is None:
         raise ConfigurationError("dataset.size=null keeps native grids: set dataset.patch_size to train on patches")
     return VolumeDataModule(
@@ -36,14 +33,38 @@ def data_module(config: DictConfig) -> VolumeDataModule:
         patch_dhw=size_dhw(d.patch_size),
         patches_per_volume=d.patches_per_volume,
         validation_fraction=d.validation_fraction,
-        validation=list(d.validation),
+        # a cohort has chosen its held-out patients by them already, and marks its cases
+        validation=[] if d.name in COHORTS else list(d.validation),
         cache=Path(d.cache_dir) if d.cache_dir else default_cache(),
         batch_size=t.batch_size,
         num_workers=t.num_workers,
         worker_timeout_s=t.worker_timeout_s,
         seed=t.seed,
         max_bad_fraction=d.max_bad_fraction,
+        tissue_bias=tissue_bias,
     )
+
+
+def volume_sources(d: DictConfig) -> list[VolumeSource]:
+    """The volumes that ``dataset.*`` names, in a stable order.
+
+    Raises:
+        ConfigurationError: no folder, or no size of phantoms.
+        InputError: the folder holds no volumes.
+    """
+    if d.name in COHORTS:
+        from dataset.pairs import cohort_sources  # reads tables, which other data need not load
+
+        return list(cohort_sources(plain_dict(d)))
+    if d.name == "store":
+        return list(find_stores(d.root_dir))
+    if d.name == "nifti" or d.root_dir:
+        return list(find_nifti(d.root_dir))
+    grid = size_dhw(d.phantom_size) or size_dhw(d.size)
+    if grid is None:
+        raise ConfigurationError("dataset=phantom needs dataset.size or dataset.phantom_size as [D, H, W]")
+    log.info("data: phantom thoraces; your own: dataset=nifti dataset.root_dir=/folder/of/nii.gz")
+    return [PhantomSource(seed, grid) for seed in range(d.first_seed, d.first_seed + d.n_patients)]
 
 
 def size_dhw(value: Any) -> tuple[int, int, int] | None:

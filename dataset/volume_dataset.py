@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from dataset.geometry import crop_or_pad
-from dataset.sources import PreparedVolume, Size
+from dataset.patch_sampling import random_start
+from dataset.prepared import PreparedVolume
+from dataset.sources import Size
 from errors import InputError, ProjectError
 
 
@@ -25,6 +27,7 @@ class VolumeDataset(Dataset[dict[str, Any]]):
         random: random patch positions (training) instead of the centre (validation).
         patches_per_volume: samples drawn from each volume in an epoch.
         seed: of the positions.
+        tissue_bias: share of random patches that are centred in the body, in [0, 1].
     """
 
     def __init__(
@@ -35,12 +38,14 @@ class VolumeDataset(Dataset[dict[str, Any]]):
         random: bool,
         patches_per_volume: int = 1,
         seed: int = 0,
+        tissue_bias: float = 0.0,
     ) -> None:
         self.volumes = list(volumes)
         self.patch_dhw = patch_dhw
         self.random = random
         self.patches_per_volume = patches_per_volume
         self.seed = seed
+        self.tissue_bias = tissue_bias
 
     def __len__(self) -> int:
         return len(self.volumes) * self.patches_per_volume
@@ -73,13 +78,13 @@ class VolumeDataset(Dataset[dict[str, Any]]):
             start = None  # centred
             if self.random:
                 rng = np.random.default_rng((self.seed, epoch, index))
-                # an axis shorter than the patch is padded with air on both sides, as validation does
-                start = [
-                    int(rng.integers(0, size - patch + 1)) if size > patch else (size - patch) // 2
-                    for size, patch in zip(hu.shape, self.patch_dhw, strict=True)
-                ]
-            hu, affine = crop_or_pad(hu, affine, self.patch_dhw, start)
-        return {"hu": torch.from_numpy(np.array(hu, dtype=np.int16)[None]), "affine": affine, "name": volume.name}
+                start = random_start(hu.shape, self.patch_dhw, rng, volume.body, self.tissue_bias)
+            crop, affine = crop_or_pad(
+                cast(np.ndarray, hu), affine, self.patch_dhw, start
+            )  # it slices as an array does
+        else:
+            crop = np.asarray(hu)
+        return {"hu": torch.from_numpy(crop[None]), "affine": affine, "name": volume.name}
 
 
 def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from dataset.atomic import atomic_write
 from dataset.geometry import crop_or_pad
 from dataset.intensity import HUWindow
-from dataset.sources import PreparedVolume
+from dataset.prepared import PreparedVolume
 from dataset.volume_io import Volume, write_nifti
 from errors import ExitCode, InputError, run_command
 from evaluation.metrics.codebook import CodeUsage

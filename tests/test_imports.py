@@ -40,6 +40,7 @@ def test_the_runner_needs_no_torchvision(tmp_path):
         ("dataset", ("vq_gan_3d", "evaluation", "baseline_256x256x64", "patchwise_512x512x604", "preprocess", "ddpm")),
         ("vq_gan_3d", ("baseline_256x256x64", "patchwise_512x512x604", "preprocess", "ddpm", "benchmarks")),
         ("evaluation/metrics", ("vq_gan_3d", "baseline_256x256x64", "patchwise_512x512x604", "preprocess", "ddpm")),
+        ("preprocess", ("vq_gan_3d", "baseline_256x256x64", "patchwise_512x512x604", "ddpm", "benchmarks")),
         ("baseline_256x256x64", ("patchwise_512x512x604", "ddpm", "preprocess")),
         ("patchwise_512x512x604", ("baseline_256x256x64", "ddpm", "preprocess")),
     ],

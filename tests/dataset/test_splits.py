@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from dataset.splits import hash_fraction, split_patients
+from dataset.splits import assign_splits, fold_of, hash_fraction, split_patients
 from errors import ConfigurationError
 
 names = st.sets(st.text("abcdef0123", min_size=1, max_size=6), min_size=2, max_size=30)
@@ -86,3 +86,100 @@ def test_empty_splits_are_refused(patients, fraction, named, word):
         split_patients(patients, fraction, named)
     assert word in str(caught.value)
     assert "dataset.validation" in str(caught.value)
+
+
+fractions = st.floats(0.05, 0.4)
+plans = st.one_of(
+    st.fixed_dictionaries({"validation_fraction": fractions, "test_fraction": fractions}),
+    st.integers(2, 6).flatmap(
+        lambda n: st.fixed_dictionaries(
+            {
+                "validation_fraction": st.just(0.1),
+                "test_fraction": fractions,
+                "n_folds": st.just(n),
+                "fold": st.integers(0, n - 1),
+            }
+        )
+    ),
+)
+
+
+@settings(deadline=None, max_examples=80)
+@given(names, names, plans)
+def test_assigned_splits_are_disjoint_complete_and_stable_under_additions(patients, more, plan):
+    # where the hash holds nobody out, a small cohort lends its lowest patient: the one place that may change
+    rest = [p for p in patients if hash_fraction(p) < 1 - plan["test_fraction"]]
+    assume("fold" in plan or any(hash_fraction(p) < plan["validation_fraction"] for p in rest))
+    try:
+        before = assign_splits(dict.fromkeys(patients), **plan)
+    except ConfigurationError as error:
+        assume("empty" not in str(error))
+        raise
+    assert before.keys() == patients
+    assert set(before.values()) <= {"train", "validation", "test"}
+    after = assign_splits(dict.fromkeys(patients | more), **plan)
+    assert after.keys() == patients | more
+    assert before.items() <= after.items()
+
+
+def test_shares_of_assigned_splits():
+    patients = dict.fromkeys(f"patient_{i}" for i in range(3000))
+    split = assign_splits(patients, validation_fraction=0.2, test_fraction=0.1)
+    assert sum(side == "test" for side in split.values()) == pytest.approx(300, abs=60)
+    assert sum(side == "validation" for side in split.values()) == pytest.approx(600, abs=80)
+    # a test set never changes what is held out for validation
+    without = assign_splits(patients, validation_fraction=0.2)
+    assert all(without[patient] == side for patient, side in split.items() if side != "test")
+
+
+def test_folds_are_even_and_independent_of_the_test_hash():
+    patients = [f"patient_{i}" for i in range(4000)]
+    for chosen in (patients, [p for p in patients if hash_fraction(p) < 0.2]):
+        counts = [sum(fold_of(p, 5) == fold for p in chosen) for fold in range(5)]
+        assert sum(counts) == len(chosen)
+        assert min(counts) > 0.15 * len(chosen)
+
+
+def test_given_splits_are_kept_and_folds_leave_the_test_set_alone():
+    given_splits = {f"p{i}": ("train", "validation", "test", "train")[i % 4] for i in range(40)}
+    assert assign_splits(given_splits, validation_fraction=0.5, test_fraction=0.4) == given_splits
+    folds = [assign_splits(given_splits, validation_fraction=0, n_folds=3, fold=fold) for fold in range(3)]
+    for split in folds:
+        assert {p for p in split if split[p] == "test"} == {p for p in given_splits if given_splits[p] == "test"}
+    held_out = [{p for p in split if split[p] == "validation"} for split in folds]
+    assert sum(map(len, held_out)) == len(set.union(*held_out)) == 30
+
+
+def test_named_validation_patients_stay_out_of_the_test_set():
+    patients = {f"p{i}": None for i in range(40)}
+    last = max(patients, key=hash_fraction)
+    split = assign_splits(patients, validation_fraction=0.1, test_fraction=0.3, validation=[last])
+    assert [p for p in split if split[p] == "validation"] == [last]
+    assert "test" in split.values()
+
+
+@pytest.mark.parametrize(
+    ("given_splits", "plan", "words"),
+    [
+        ({"a": "train", "b": None}, {}, ["patient b has no split"]),
+        ({"a": "train", "b": "test"}, {}, ["validation split", "split column"]),
+        ({"a": "validation", "b": "test"}, {}, ["training split", "split column"]),
+        ({"a": "train", "b": "validation"}, {"validation": ["a"]}, ["dataset.validation", "split column"]),
+        ({"a": None, "b": None}, {"validation": ["a"], "n_folds": 2, "fold": 0}, ["dataset.n_folds"]),
+        ({"a": None, "b": None}, {"n_folds": 2}, ["dataset.fold"]),
+        ({"a": None, "b": None}, {"fold": 0}, ["dataset.n_folds"]),
+        ({"a": None, "b": None}, {"n_folds": 2, "fold": 2}, ["dataset.fold=2"]),
+        ({"a": None, "b": None}, {"n_folds": 1, "fold": 0}, ["dataset.n_folds=1"]),
+        ({"a": None, "b": None}, {"test_fraction": 1.5}, ["dataset.test_fraction=1.5"]),
+        ({"a": None, "b": None}, {"test_fraction": -0.1}, ["dataset.test_fraction=-0.1"]),
+        ({"a": None, "b": None}, {"validation_fraction": 0.6, "test_fraction": 0.5}, ["no patient for training"]),
+        ({"a": None}, {}, ["empty"]),
+        ({}, {}, ["empty"]),
+        ({"a": None}, {"n_folds": 2, "fold": 0}, ["of 2", "empty"]),
+    ],
+)
+def test_plans_that_cannot_be_made_are_refused(given_splits, plan, words):
+    with pytest.raises(ConfigurationError) as caught:
+        assign_splits(given_splits, **({"validation_fraction": 0.2} | plan))
+    for word in words:
+        assert word in str(caught.value)

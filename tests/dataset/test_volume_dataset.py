@@ -8,8 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset.sources import PreparedVolume
+from dataset.patch_sampling import BodyMap
+from dataset.prepared import PreparedVolume
+from dataset.store import write_store
 from dataset.volume_dataset import VolumeDataset, collate
+from dataset.volume_io import Volume
 from errors import InputError
 from params import HU_AIR
 
@@ -19,8 +22,8 @@ AFFINE = np.diag([2.0, 1.0, 1.0, 1.0])
 def prepared(folder, name="a", shape=(6, 8, 10), offset=0):
     """Every voxel says where it is."""
     hu = (offset + np.arange(np.prod(shape)).reshape(shape)).astype(np.int16)
-    path = folder / f"{name}.npy"
-    np.save(path, hu)
+    path = folder / f"{name}.b2nd"
+    write_store(path, Volume(hu, AFFINE), {})
     return PreparedVolume(name, path, AFFINE)
 
 
@@ -48,7 +51,7 @@ def test_random_patches_lie_inside_and_their_affine_says_where(volume, patch, in
     assert np.array_equal(start, start.astype(int))
     window = tuple(slice(int(a), int(a) + n) for a, n in zip(start, patch, strict=True))
     assert sample["hu"].shape == (1, *patch)
-    assert np.array_equal(sample["hu"][0], hu[window])
+    assert np.array_equal(sample["hu"][0], np.asarray(hu)[window])
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_alone(volume):
@@ -130,3 +133,28 @@ def test_samples_own_their_memory(volume):
     sample = VolumeDataset([volume], None, random=False)[0]
     sample["hu"][:] = 7  # the file is mapped read-only
     assert int(volume.open()[0, 0, 1]) == 1
+
+
+def test_patches_are_never_mirrored(volume):
+    """The heart stays on the patient's left: voxels run along D, H and W as they do in the volume."""
+    dataset = VolumeDataset([volume], (3, 4, 5), random=True, patches_per_volume=100, tissue_bias=0.5)
+    for epoch in range(3):
+        for index in range(30):
+            sample = dataset[epoch, index]
+            steps = [int(np.diff(sample["hu"][0], axis=axis).reshape(-1)[0]) for axis in range(3)]
+            assert steps == [80, 10, 1]
+            assert np.array_equal(sample["affine"][:3, :3], AFFINE[:3, :3])
+
+
+def test_tissue_bias_takes_patches_from_the_body(tmp_path):
+    volume = prepared(tmp_path, shape=(20, 20, 20))
+    corner = BodyMap(np.array([[9, 9, 9]]), (2, 2, 2), (20, 20, 20))
+    biased = PreparedVolume(volume.name, volume.path, AFFINE, corner)
+    make = lambda v, bias: VolumeDataset([v], (4, 4, 4), random=True, patches_per_volume=200, tissue_bias=bias)  # noqa: E731
+    starts = {tuple(make(biased, 1.0)[0, i]["affine"][:3, 3]) for i in range(20)}
+    assert starts == {(32.0, 16.0, 16.0)}
+    half = [tuple(make(biased, 0.5)[0, i]["affine"][:3, 3]) for i in range(200)]
+    assert 70 < half.count((32.0, 16.0, 16.0)) < 130
+    assert all(
+        torch.equal(make(biased, 0.0)[0, i]["hu"], make(volume, 0.0)[0, i]["hu"]) for i in range(20)
+    )  # runs without bias are what they were

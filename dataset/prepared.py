@@ -1,0 +1,95 @@
+"""A volume that is ready for training: a store, and where the body is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dataset.atomic import atomic_write
+from dataset.patch_sampling import BodyMap, body_metadata, read_body
+from dataset.store import LazyHU, StoredVolume, open_store
+from errors import InputError, StorageError
+
+
+@dataclass(frozen=True)
+class PreparedVolume:
+    """A volume in a store, standard axes, int16 HU, ready to be cropped without reading the rest.
+
+    Attributes:
+        name: of its source.
+        path: the ``.b2nd`` file.
+        affine: (4, 4) index (d, h, w, 1) -> RAS+ mm.
+        body: where the body is, if that is known.
+        cached: made by `prepare`, which makes it again when it is damaged; else a user's own store.
+    """
+
+    name: str
+    path: Path
+    affine: np.ndarray
+    body: BodyMap | None = None
+    cached: bool = True
+
+    def open(self) -> LazyHU:
+        """The voxels, (D, H, W) int16, read when sliced; opened anew in each process and for each sample.
+
+        Thousands of volumes would otherwise hold thousands of file handles; opening takes a millisecond.
+
+        Raises:
+            InputError: the file is damaged or gone.
+        """
+        try:
+            return open_store(self.path).hu
+        except InputError as error:
+            if not self.cached:
+                raise
+            raise InputError(
+                f"{self.path}: cached volume of {self.name} is damaged, the next run makes it again ({error})"
+            ) from error
+
+
+def body_of(stored: StoredVolume) -> BodyMap | None:
+    """The body that the metadata of a store describe, None where they do not.
+
+    Raises:
+        InputError: they do not fit the volume.
+    """
+    try:
+        return read_body(stored.metadata, stored.shape)
+    except InputError as error:
+        raise InputError(f"{stored.path}: {error}") from error
+
+
+def own_body(name: str, stored: StoredVolume, cache: Path) -> BodyMap | None:
+    """The body in a user's store; where its writer left it out, found once and kept in the cache by checksum."""
+    if "body" in stored.metadata:
+        return body_of(stored)
+    path = cache / f"{name}-{short_hash(stored.checksum)}.body.json"
+    try:
+        return read_body({"body": json.loads(path.read_text())}, stored.shape)
+    except (OSError, ValueError, InputError):
+        body = body_metadata(stored.hu)
+    make_cache(cache)
+    with atomic_write(path) as handle:
+        handle.write(json.dumps(body).encode())
+    return read_body({"body": body}, stored.shape)
+
+
+def make_cache(cache: Path) -> None:
+    """Create the cache folder.
+
+    Raises:
+        StorageError: it cannot be created.
+    """
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{cache}: cannot be created ({error.strerror}): set dataset.cache_dir") from error
+
+
+def short_hash(text: str) -> str:
+    """Sixteen hex digits of SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
