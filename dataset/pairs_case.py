@@ -51,6 +51,11 @@ class CTCase:
         return not self.xrays
 
     @property
+    def store(self) -> Path | None:
+        """The volume's store, if it is one: it is read where it lies."""
+        return self.ct if is_store(self.ct) else None
+
+    @property
     def identity(self) -> str:
         """Path, size and time of change: a file that was replaced is prepared again.
 
@@ -106,6 +111,15 @@ def find_volumes(root: Path) -> list[Path]:
         for path in sorted(root.rglob("*"))
         if path.name.lower().endswith(VOLUME_SUFFIXES) and not path.name.startswith(".") and path.is_file()
     ]
+
+
+def patient_of(volume: Path) -> str:
+    """The patient that the sidecar of a volume names; its stem where there is none, or somebody else's."""
+    try:
+        named = read_sidecar(volume).get("patient")
+    except InputError:
+        named = None
+    return str(named or volume_stem(volume))
 
 
 def sidecar_path(volume: Path) -> Path:

@@ -13,6 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset.geometry import resample_to_size
+from dataset.pairs_case import patient_of, volume_stem
 from dataset.patch_sampling import body_metadata
 from dataset.phantom import make_phantom
 from dataset.prepared import PreparedVolume, body_of, make_cache, own_body, short_hash
@@ -85,16 +87,19 @@ class PhantomSource:
 
 @dataclass(frozen=True)
 class NiftiSource:
-    """A NIfTI file; its stem names the patient."""
+    """A NIfTI file; the sidecar that `dicom_to_nifti.py` wrote beside it names the patient, without one its stem."""
 
     path: Path
 
     @property
     def name(self) -> str:
         """File name without .nii or .nii.gz."""
-        return self.path.name.removesuffix(".gz").removesuffix(".nii")
+        return volume_stem(self.path)
 
-    patient = name
+    @cached_property
+    def patient(self) -> str:
+        """Two studies of one patient must not land on two sides."""
+        return patient_of(self.path)
 
     @property
     def identity(self) -> str:
@@ -109,16 +114,19 @@ class NiftiSource:
 
 @dataclass(frozen=True)
 class StoreSource:
-    """A native-grid store, read where it lies; its stem names the patient."""
+    """A native-grid store, read where it lies; its sidecar names the patient, without one its stem."""
 
     path: Path
 
     @property
     def name(self) -> str:
         """File name without .b2nd."""
-        return self.path.name.removesuffix(SUFFIX)
+        return volume_stem(self.path)
 
-    patient = name
+    @cached_property
+    def patient(self) -> str:
+        """Two studies of one patient must not land on two sides."""
+        return patient_of(self.path)
 
     @property
     def store(self) -> Path:
@@ -168,7 +176,7 @@ def _find(root_dir: str | None, kind: str, suffixes: tuple[str, ...], hint: str)
     paths = [path for path in sorted(root.rglob("*")) if path.name.endswith(suffixes) and path.name[0] != "."]
     if not paths:
         raise InputError(f"{root}: holds no {' or '.join(suffixes)} file: {hint}")
-    names = [path.name.removesuffix(".gz").removesuffix(".nii").removesuffix(SUFFIX) for path in paths]
+    names = [volume_stem(path) for path in paths]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise InputError(f"{root}: several files are called {min(twice)}: give each patient a name of its own")
     return paths

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dataset.pairs_case import CTCase
 from dataset.sources import (
     NiftiSource,
     PhantomSource,
@@ -246,3 +248,23 @@ def test_default_cache_follows_the_environment(monkeypatch, tmp_path):
     assert default_cache() == tmp_path / "xray2ctpa"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache() == Path.home() / ".cache" / "xray2ctpa"
+
+
+def test_the_sidecar_names_the_patient(tmp_path):
+    """Two studies of one patient belong on one side of a split; without a sidecar the file's stem is all there is."""
+    for name, patient in (("p_1", "p"), ("p_2", "p"), ("q_1", "q")):
+        nifti(tmp_path / f"{name}.nii.gz")
+        (tmp_path / f"{name}.json").write_text(json.dumps({"patient": patient}))
+    nifti(tmp_path / "plain.nii")
+    nifti(tmp_path / "foreign.nii")
+    (tmp_path / "foreign.json").write_text("{")
+    assert [source.patient for source in find_nifti(str(tmp_path))] == ["foreign", "p", "p", "plain", "q"]
+    write_store(tmp_path / "s.b2nd", NiftiSource(tmp_path / "plain.nii").load(), {"sidecar": {"patient": "p"}})
+    assert StoreSource(tmp_path / "s.b2nd").patient == "p"
+
+
+def test_a_case_on_a_store_is_read_where_it_lies(tmp_path, cache):
+    write_store(tmp_path / "s.b2nd", NiftiSource(nifti(tmp_path / "a.nii")).load(), {})
+    prepared = prepare(CTCase("case", "p", tmp_path / "s.b2nd"), None, cache)
+    assert (prepared.name, prepared.path) == ("case", tmp_path / "s.b2nd")
+    assert not list(cache.glob("*.b2nd"))
