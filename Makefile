@@ -21,11 +21,12 @@ demo: $(STAMP)
 	  $(if $(wildcard $(DEMO)/checkpoints/last.ckpt),ckpt_path=last)
 	$(PY) evaluation/reconstruct.py --run $(DEMO)
 
+# one thread each: two workers share the cores, and threads that wait for a core spin
 test: $(STAMP)
-	$(PY) -m pytest -m 'not slow' -n 2 --durations=5
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m 'not slow' -n 2 --durations=5
 
 test-slow: $(STAMP)
-	$(PY) -m pytest -m slow -n 2 --durations=10
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow -n 2 --durations=10
 
 lint: $(STAMP)
 	$(PY) -m ruff check .
@@ -34,6 +35,8 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) benchmarks/vqgan.py --json outputs/bench_vqgan.json
+	$(PY) benchmarks/patches.py --json outputs/bench_patches.json
+	$(PY) benchmarks/dicom.py --json outputs/bench_dicom.json
 
 clean:
 	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache

@@ -3,8 +3,8 @@
 python benchmarks/patches.py [--quick] [--json FILE] [--volume CT.nii.gz]
 
 Every reader gives the same voxels of the same random patches, warm (files in the page cache), in [0, 1]. The reference
-is what a plain data set does: read the .nii.gz whole, then cut. Without ``--volume`` a phantom with its noise is used;
-a real CT is mirrored in depth up to 604 slices, which keeps its own noise and spacing.
+is what a plain data set does: read the .nii.gz whole, then cut. The volume is a real CT, mirrored in depth up to 604
+slices, which keeps its own noise and spacing: ``--volume``, else lidc_0002 of the shared data, else a phantom.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from dataset.volume_dataset import VolumeDataset, collate
 from dataset.volume_io import Volume, read_nifti
 
 SIZE_DHW, PATCH_DHW = (604, 512, 512), (128, 256, 256)
-QUICK_SIZE_DHW, QUICK_PATCH_DHW = (64, 96, 96), (32, 48, 48)
+QUICK_SIZE_DHW, QUICK_PATCH_DHW = (64, 256, 256), (32, 128, 128)
+SHARED_CT = Path(__file__).resolve().parents[2] / "shared" / "data" / "ct_native" / "lidc_0002.nii.gz"
 WORKERS = 2
 MEGABYTE = 1e6
 Size = tuple[int, int, int]
@@ -56,7 +57,7 @@ def random_patches(size: Size, patch: Size, seed: int = 0) -> Callable[[], Windo
 
 
 def readers(folder: Path, volume: Volume) -> dict[str, Callable[[Window], np.ndarray]]:
-    """Write the volume in every format; returns by name what cuts a window (D, H, W) out of it, opened anew."""
+    """Write the volume in every format; returns by name what cuts a window (D, H, W) out of it."""
     import zarr
 
     hu = volume.hu
@@ -139,17 +140,19 @@ def size_rows(folder: Path, volume: Volume) -> list[Row]:
 def main() -> None:
     """Measure, print, write."""
     parser = standard_parser(__doc__ or "")
-    parser.add_argument("--volume", type=Path, help="a chest CT (.nii.gz) instead of the phantom")
+    parser.add_argument("--volume", type=Path, help="a chest CT (.nii.gz)")
     arguments = parser.parse_args()
     size, patch, rounds = (QUICK_SIZE_DHW, QUICK_PATCH_DHW, 3) if arguments.quick else (SIZE_DHW, PATCH_DHW, 9)
-    if arguments.volume:
-        source = read_nifti(arguments.volume)
+    path = arguments.volume or (SHARED_CT if SHARED_CT.exists() else None)
+    if path:
+        source = read_nifti(path)
         # at least a patch in plane, whatever the volume
         patch = (patch[0], min(patch[1], source.hu.shape[1]), min(patch[2], source.hu.shape[2]))
         volume = Volume(mirrored(source.hu, size[0]), source.affine)
     else:
         phantom = make_phantom(0, size)
         volume = Volume(phantom.hu, phantom.affine)
+    print(f"{path.name if path else 'phantom'}: {'×'.join(map(str, volume.hu.shape))} voxels (D×H×W)")
     with tempfile.TemporaryDirectory() as scratch:
         rows = patch_rows(Path(scratch), volume, patch, rounds)
         rows.append(loader_row(Path(scratch), patch, 4 if arguments.quick else 60))

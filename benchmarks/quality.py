@@ -74,8 +74,8 @@ def build(name: str) -> tuple[nn.Module, float, int]:
 
 
 @torch.no_grad()
-def score(model: nn.Module, validation: Tensor, n_codes: int) -> tuple[float, float]:
-    """Mean PSNR in dB over validation patches, and share of codes used there."""
+def score(model: nn.Module, validation: Tensor, n_codes: int) -> tuple[float, float | None]:
+    """Mean PSNR in dB over validation patches, and share of codes used there (None for the reference)."""
     model.eval()
     usage, values = CodeUsage(n_codes), []
     for part in validation.split(8):
@@ -85,16 +85,16 @@ def score(model: nn.Module, validation: Tensor, n_codes: int) -> tuple[float, fl
                 usage.update(model.codec(part).indices)
         values += [psnr(a[0], b[0]) for a, b in zip(output, part, strict=True)]
     model.train()
-    return sum(values) / len(values), usage.usage()
+    return sum(values) / len(values), usage.usage() if isinstance(model, OurStep) else None
 
 
 def train(
     name: str, dataset: VolumeDataset, validation: Tensor, arguments: Namespace
-) -> list[tuple[int, float, float, float]]:
+) -> list[tuple[int, float, float, float | None]]:
     """Train for a time or a number of steps; returns (step, seconds of training, PSNR, usage) along the way."""
     model, learning_rate, n_codes = build(name)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, (0.9, 0.99), weight_decay=1e-4, fused=True)
-    curve: list[tuple[int, float, float, float]] = []
+    curve: list[tuple[int, float, float, float | None]] = []
     seconds, step, next_score = 0.0, 0, 0.0
 
     def progress() -> float:
@@ -118,7 +118,9 @@ def train(
         if progress() >= next_score or progress() >= 1:
             next_score += 1 / POINTS
             curve.append((step, seconds, *score(model, validation, n_codes)))
-            print(f"{name}: step {step}, {seconds:.0f} s, {curve[-1][2]:.2f} dB, usage {curve[-1][3]:.1%}", flush=True)
+            _, _, decibel, usage = curve[-1]
+            used = "" if usage is None else f", {usage:.1%} of the codes"
+            print(f"{name}: step {step}, {seconds:.0f} s, {decibel:.2f} dB{used}", flush=True)
         if progress() >= 1:
             return curve
     raise AssertionError("the stream of batches is endless")
@@ -146,7 +148,8 @@ def main() -> None:
             rows.append(Row(f"curve {name}: PSNR after {seconds:.0f} s, step {step}", value, "dB"))
         _, seconds, value, usage = curve[-1]
         rows.append(Row(f"{name}: PSNR at the end, {curve[-1][0]} steps, {seconds:.0f} s", value, "dB", reference))
-        rows.append(Row(f"{name}: codes used on validation patches", usage, "share"))
+        if usage is not None:
+            rows.append(Row(f"{name}: codes used on validation patches", usage, "share"))
     print_table(rows)
     if arguments.json:
         write_report(Path(arguments.json), rows)

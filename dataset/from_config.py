@@ -21,7 +21,7 @@ def data_module(config: DictConfig) -> VolumeDataModule:
     """The data that ``dataset.*`` and ``training.*`` describe."""
     d, t = config.dataset, config.training
     size = size_dhw(d.size)
-    tissue_bias = float(d.get("tissue_bias") or 0.0)  # absent from the record of earlier runs
+    tissue_bias = float(d.tissue_bias)
     if not 0 <= tissue_bias <= 1:
         raise ConfigurationError(f"dataset.tissue_bias={tissue_bias}: a share of the patches is in [0, 1]")
     sources = volume_sources(config.dataset)

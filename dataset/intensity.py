@@ -38,7 +38,8 @@ class HUWindow:
     def to_unit(self, volume_hu: ArrayT) -> ArrayT:
         """HU, any shape, any real dtype -> float32 in [0, 1]; values outside the window are clipped."""
         if isinstance(volume_hu, torch.Tensor):
-            return ((volume_hu.float() - self.min_hu) / self.width_hu).clamp_(0.0, 1.0)
+            unit_copy = volume_hu.to(torch.float32, copy=True)  # then in place: no temporaries the size of a volume
+            return unit_copy.sub_(self.min_hu).div_(self.width_hu).clamp_(0.0, 1.0)
         unit = np.subtract(volume_hu, self.min_hu, dtype=np.float32)
         unit /= np.float32(self.width_hu)
         return np.clip(unit, 0.0, 1.0, out=unit)

@@ -34,9 +34,7 @@ class PreparedVolume:
     cached: bool = True
 
     def open(self) -> LazyHU:
-        """The voxels, (D, H, W) int16, read when sliced; opened anew in each process and for each sample.
-
-        Thousands of volumes would otherwise hold thousands of file handles; opening takes a millisecond.
+        """The voxels, (D, H, W) int16, read when sliced; the frame is checked each time, which takes a millisecond.
 
         Raises:
             InputError: the file is damaged or gone.

@@ -36,6 +36,7 @@ class ResumeContract(Callback):
             "dataset.size": d.size and list(d.size),
             "dataset.patch_size": d.patch_size and list(d.patch_size),
             "dataset.patches_per_volume": d.patches_per_volume,
+            "dataset.tissue_bias": d.tissue_bias,
             "dataset.hu_min": d.hu_min,
             "dataset.hu_max": d.hu_max,
         } | {f"model.{key}": value for key, value in plain_dict(config.model).items()}

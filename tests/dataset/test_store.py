@@ -311,7 +311,7 @@ def test_the_frame_is_what_the_format_says(store: Path) -> None:
     fields = msgpack.unpackb(content[: struct.unpack(">i", content[11:15])[0]], raw=True, strict_map_key=False)
     assert fields[2] == len(content)
     frame = read_frame(store)
-    assert (frame.shape, frame.chunks, frame.blocks) == ((40, 50, 70), (32, 50, 70), (8, 32, 64))
+    assert (frame.shape, frame.chunks, frame.blocks) == ((40, 50, 70), (32, 50, 70), (16, 32, 64))
 
 
 @pytest.mark.parametrize("name", ["lidc_0001", pytest.param("lidc_0002", marks=pytest.mark.slow)])

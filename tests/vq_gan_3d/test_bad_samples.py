@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dataset.data_module import VolumeDataModule
-from dataset.sources import PreparedVolume
+from dataset.prepared import PreparedVolume
 from dataset.volume_dataset import VolumeDataset
 from dataset.volume_io import Volume, write_nifti
 from tests.helpers import assert_one_line_error
@@ -101,7 +101,7 @@ def test_a_cached_volume_damaged_after_preparation(
         if how == "truncated":
             volume.path.write_bytes(content[:-100])
         else:
-            np.save(volume.path, np.zeros((16, 32, 32), np.float32))
+            volume.path.write_bytes(b"no store " * 500)
         damaged.append(volume)
 
     after_preparation(spoil)
