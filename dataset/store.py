@@ -1,7 +1,8 @@
 """The native-grid store: one volume as int16 HU in one file, of which any patch can be read without the rest.
 
 A ``.b2nd`` file (blosc2) that numpy users can open with ``blosc2.open(path)[...]``. Inside, beside the voxels
-(D, H, W): a record with marker and version, shape, affine, spacing, metadata and the SHA-256 of the voxels.
+(D, H, W): a record with marker and version, shape, affine, spacing, metadata and the SHA-256 of the voxels
+and of itself.
 
 Handles are opened by the process that reads (a `StoredVolume` pickles as its path), and blosc2 always runs on one
 thread: its pool gives no speed on patches, does not survive a fork, and writes blocks in the order in which its threads
@@ -115,6 +116,8 @@ class StoredVolume:
                 raise InputError(f"store version {record['version']!r}, this is {VERSION}: build it again")
             if tuple(record["shape"]) != self.shape:
                 raise ValueError(f"record of {record['shape']} voxels for {list(self.shape)}")
+            if record.pop("record_sha256") != _digest(record):
+                raise ValueError("the record is not what was written (SHA-256)")
             self.affine = checked_affine(record["affine"])
             self.metadata: dict[str, Any] = dict(record["metadata"])
             self.checksum = str(record["sha256"])
@@ -175,11 +178,14 @@ def write_store(path: str | os.PathLike[str], volume: Volume, metadata: dict[str
         "sha256": hashlib.sha256(hu.data).hexdigest(),
         "metadata": metadata,
     }
+    record["record_sha256"] = _digest(record)
     text = json.dumps(record, sort_keys=True, allow_nan=False)
     if len(text.encode()) > MAX_RECORD_BYTES // 2:
         raise InputError(f"{path}: not written, its metadata is longer than {MAX_RECORD_BYTES // 2} bytes: shorten it")
     chunks = tuple(min(n, c) for n, c in zip(hu.shape, CHUNKS_DHW, strict=True))
     blocks = tuple(min(n, b) for n, b in zip(hu.shape, BLOCKS_DHW, strict=True))
+    for name in [name for name in os.environ if name.startswith("BLOSC_")]:
+        del os.environ[name]  # C-Blosc2 lets BLOSC_NTHREADS, BLOSC_CLEVEL and the like win over what is asked for here
     array = blosc2.asarray(
         hu,
         chunks=chunks,
@@ -214,6 +220,11 @@ def verify_store(path: str | os.PathLike[str]) -> StoredVolume:
     if digest.hexdigest() != stored.checksum:
         raise InputError(f"{path}: the voxels are not those that were written (SHA-256): build it again")
     return stored
+
+
+def _digest(record: dict[str, Any]) -> str:
+    """SHA-256 of a record without its own: a flipped bit in an affine is as bad as one in the voxels."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def _open(path: Path) -> Any:
