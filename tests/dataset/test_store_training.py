@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dataset.from_config import data_module
 from dataset.sources import StoreSource
@@ -164,14 +164,6 @@ def test_cohorts_come_from_their_tables_with_their_splits(monkeypatch: pytest.Mo
     assert seen["validation"] == ["patient_0"]
     assert [source.name for source in data.sources["training"]] == ["patient_1", "patient_3"]
     assert [source.name for source in data.sources["validation"]] == ["patient_0"]
-
-
-def test_old_records_without_tissue_bias_are_read(stores: Path) -> None:
-    config = composed(*on_stores(stores, *PATCHES))
-    OmegaConf.set_struct(config, False)
-    del config.dataset["tissue_bias"]
-    OmegaConf.set_struct(config, True)
-    assert data_module(config).tissue_bias == 0.0
 
 
 @pytest.mark.slow
