@@ -271,7 +271,8 @@ class FSQ(Quantizer):
         mean = use.mean(0)  # (K,)
         # DDP averages gradients: each rank lets its own share through, at the place that all ranks agree on
         mean = mean + (all_reduce_mean(mean.detach().clone()) - mean.detach())
-        return math.log(self.n_codes) + torch.xlogy(mean, mean).sum()
+        # floored: a code far from all of a batch underflows to 0, where the logarithm's gradient is NaN
+        return math.log(self.n_codes) + (mean * mean.clamp_min(1e-20).log()).sum()
 
     def _to_codes(self, digits: Tensor) -> Tensor:
         """Digits 0 ... level-1 -> codes in [-1, 1]."""

@@ -226,6 +226,16 @@ def test_missing_entropy_of_even_and_of_single_use():
     assert float(FSQ((8, 4))(as_grid(z)).loss) == 0
 
 
+def test_missing_entropy_of_pure_air_has_a_finite_gradient():
+    """All vectors in one corner: the opposite corner's soft use underflows to exactly 0."""
+    z = torch.full((1, 4, 4, 4, 4), -3.0, requires_grad=True)
+    out = FSQ((8, 4, 4, 4), entropy_weight=1.0)(z)
+    out.loss.backward()
+    assert out.loss.isfinite()
+    assert z.grad.isfinite().all()
+    assert z.grad.abs().max() > 0
+
+
 def test_missing_entropy_drives_vectors_to_unused_codes():
     torch.manual_seed(0)
     quantizer = FSQ((8, 4, 4, 4), entropy_weight=1.0)
