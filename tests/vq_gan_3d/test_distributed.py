@@ -112,7 +112,7 @@ COHORT = ["dataset.n_patients=8", "dataset.validation=[phantom_00000,phantom_000
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("quantizer", "tolerance"), [("fsq", 0.02), ("ema", 0.1)])
+@pytest.mark.parametrize(("quantizer", "tolerance"), [("fsq", 0.05), ("ema", 0.1)])
 def test_the_entry_script_trains_in_two_processes(tmp_path, quantizer, tolerance):
     options = [*COHORT, f"model.quantizer={quantizer}", "model.discriminator_iter_start=1"]
     run(BASELINE, *options, "training.max_steps=4", "training.batch_size=2", "output_dir=one", cwd=tmp_path)
