@@ -86,20 +86,24 @@ class PhantomSource:
 
 
 @dataclass(frozen=True)
-class NiftiSource:
-    """A NIfTI file; the sidecar that `dicom_to_nifti.py` wrote beside it names the patient, without one its stem."""
+class FileSource:
+    """A volume in a file; the sidecar of the conversion from DICOM names the patient, without one the file's stem."""
 
     path: Path
 
     @property
     def name(self) -> str:
-        """File name without .nii or .nii.gz."""
+        """File name without .nii, .nii.gz or .b2nd."""
         return volume_stem(self.path)
 
     @cached_property
     def patient(self) -> str:
         """Two studies of one patient must not land on two sides."""
         return patient_of(self.path)
+
+
+class NiftiSource(FileSource):
+    """A NIfTI file."""
 
     @property
     def identity(self) -> str:
@@ -112,21 +116,8 @@ class NiftiSource:
         return read_nifti(self.path)
 
 
-@dataclass(frozen=True)
-class StoreSource:
-    """A native-grid store, read where it lies; its sidecar names the patient, without one its stem."""
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        """File name without .b2nd."""
-        return volume_stem(self.path)
-
-    @cached_property
-    def patient(self) -> str:
-        """Two studies of one patient must not land on two sides."""
-        return patient_of(self.path)
+class StoreSource(FileSource):
+    """A native-grid store, read where it lies."""
 
     @property
     def store(self) -> Path:
