@@ -27,9 +27,9 @@ from benchmarks.harness import (
 from benchmarks.memory import PeakMemory, peak_rss_of
 from benchmarks.peers import monai_step, monai_vqvae, why_no_monai
 from benchmarks.reference import ReferenceVQGAN, fused_adam, reference_step
-from vq_gan_3d.codebook import nearest_codes
 from vq_gan_3d.codec import VQCodec
 from vq_gan_3d.hardware import return_memory_early
+from vq_gan_3d.quantizer import nearest_codes
 from vq_gan_3d.runner import build_module
 
 PLAIN_CONV_CHANNELS = 128

@@ -1,98 +1,17 @@
-"""Quantizers: EMA codebook, SimVQ and FSQ behind one small contract.
-
-All look codes up in a low-dimensional space (a few channels; Yu et al. 2022, https://arxiv.org/abs/2110.04627), which
-keeps every code in use and gives the diffusion model a compact latent. All expect whitened input (see ``code_norm``)
-and squash it: codes spread evenly over the cube lie where the data is from the first step on, and a vector beyond the
-last code cannot run away (its gradient would go on pushing it, the outliers would rule the whitening, and all others
-would fall on a few codes: so SimVQ was left with 3 of 512 after 38 steps).
-
-The arithmetic is fp32 whatever the autocast (fp16 sums over 131 k vectors overflow), in chunks (an N×K distance matrix
-of a 1 M-voxel batch would take gigabytes).
-"""
+"""Quantizers with a codebook of their own, EMA and SimVQ, and the choice among all three by name."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import ConfigurationError
-from vq_gan_3d.distributed import all_reduce_mean, all_reduce_sum, rank, world_size
-
-CHUNK_VECTORS = 4096
-SOFTNESS = 2.0  # of FSQ's soft assignment: exp(-2 d²) for a vector d bins away
-
-
-class Quantized(NamedTuple):
-    """What a quantizer returns.
-
-    Attributes:
-        codes: (B, C, D, H, W) quantised code in [-1, 1], float32, gradient straight through to the squashed input.
-        indices: (B, D, H, W) int64 code numbers.
-        loss: scalar, commitment and codebook terms; zero where the quantizer needs none.
-    """
-
-    codes: Tensor
-    indices: Tensor
-    loss: Tensor
-
-
-@torch.no_grad()
-def nearest_codes(vectors: Tensor, codebook: Tensor, chunk: int = CHUNK_VECTORS) -> Tensor:
-    """Index of the nearest code in Euclidean distance; ties go to the lowest index.
-
-    Shapes: vectors (N, C), codebook (K, C), both float32 -> (N,) int64. Memory above the inputs: chunk x K floats.
-    """
-    half_norms = 0.5 * codebook.square().sum(1)
-    nearest = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
-    for start in range(0, len(vectors), chunk):
-        part = vectors[start : start + chunk]
-        # argmin |z - e|² = argmin |e|²/2 - z·e; addmm writes it in one pass
-        scores = torch.addmm(half_norms, part, codebook.T, alpha=-1)
-        torch.argmin(scores, dim=1, out=nearest[start : start + chunk])
-    return nearest
-
-
-def flatten_channels(z: Tensor) -> Tensor:
-    """(B, C, D, H, W) -> (B*D*H*W, C) float32."""
-    return z.permute(0, 2, 3, 4, 1).reshape(-1, z.shape[1]).float()
-
-
-def unflatten_channels(vectors: Tensor, like: Tensor) -> Tensor:
-    """(B*D*H*W, C) -> (B, C, D, H, W) with the grid of ``like``."""
-    b, _, d, h, w = like.shape
-    return vectors.reshape(b, d, h, w, -1).permute(0, 4, 1, 2, 3)
-
-
-class Quantizer(nn.Module):
-    """Contract of all quantizers.
-
-    Attributes:
-        n_codes: size K of the codebook.
-        code_channels: channels C of the code space.
-    """
-
-    def __init__(self, n_codes: int, code_channels: int) -> None:
-        super().__init__()
-        self.n_codes = n_codes
-        self.code_channels = code_channels
-
-    def lookup(self, indices: Tensor) -> Tensor:
-        """Code vectors of code numbers: (...) int64 -> (..., C) float32."""
-        raise NotImplementedError
-
-    def forward(self, z: Tensor) -> Quantized:
-        """Quantise (B, C, D, H, W) of any float dtype."""
-        raise NotImplementedError
-
-
-def squash(z: Tensor) -> Tensor:
-    """Whitened values -> (-1, 1); with a gain of 0.8 a standard normal comes out nearly uniform."""
-    return torch.tanh(0.8 * z)
+from vq_gan_3d.distributed import all_reduce_sum, rank, world_size
+from vq_gan_3d.fsq import FSQ
+from vq_gan_3d.quantizer import Quantized, Quantizer, flatten_channels, nearest_codes, squash, unflatten_channels
 
 
 def even_codes(n_codes: int, code_channels: int) -> Tensor:
@@ -229,69 +148,6 @@ class SimVQ(Quantizer):
             codes = F.embedding(indices, codebook)  # (N, C)
             loss = F.mse_loss(codes, vectors.detach()) + self.commitment_weight * F.mse_loss(vectors, codes.detach())
             codes = vectors + (codes - vectors).detach()
-            return Quantized(unflatten_channels(codes, z), indices.view(z.shape[0], *z.shape[2:]), loss)
-
-
-class FSQ(Quantizer):
-    """Finite scalar quantisation: each channel is bounded and rounded; the codebook is the grid of all roundings.
-
-    Mentzer et al. 2023, https://arxiv.org/abs/2309.15505, section 3 and appendix A.1. No codebook to learn; the loss is
-    the missing entropy of code use over the batch (Yu et al. 2023, https://arxiv.org/abs/2310.05737, equation 4, its
-    second term): whitening makes the channels uncorrelated, not independent, and corners of the grid stay empty.
-
-    Args:
-        levels: levels of each channel; their product is the number of codes.
-        entropy_weight: weight of the missing entropy, in nats.
-    """
-
-    levels: Tensor
-    strides: Tensor
-
-    def __init__(self, levels: Sequence[int], entropy_weight: float = 0.0) -> None:
-        if any(level < 2 for level in levels):
-            raise ConfigurationError(f"model.fsq_levels={list(levels)}: every channel needs at least 2 levels")
-        sizes = torch.tensor(list(levels))
-        super().__init__(int(sizes.prod()), len(levels))
-        self.entropy_weight = entropy_weight
-        self.register_buffer("levels", sizes, persistent=False)
-        self.register_buffer("strides", torch.cat([torch.ones(1, dtype=torch.int64), sizes[:-1].cumprod(0)]), False)
-
-    def _bound(self, vectors: Tensor) -> Tensor:
-        """(N, C) -> (N, C), each channel squeezed into (-0.5, level - 0.5): rounding gives 0 ... level-1."""
-        return (0.5 * squash(vectors) + 0.5) * self.levels - 0.5  # bins of equal width, for odd and even levels alike
-
-    def _missing_entropy(self, bounded: Tensor) -> Tensor:
-        """Log K minus the entropy of soft code use over the global batch, in nats: (N, C) -> scalar."""
-        part = bounded[:: max(1, len(bounded) // CHUNK_VECTORS)]  # (n, C): all of them would take n x K floats
-        use = part.new_ones(len(part), 1)
-        for channel, level in enumerate(self.levels.tolist()):
-            distances = part[:, channel, None] - torch.arange(level, device=part.device)  # (n, level)
-            soft = torch.softmax(-SOFTNESS * distances.square(), dim=1)
-            use = (soft[:, :, None] * use[:, None, :]).flatten(1)  # (n, codes so far)
-        mean = use.mean(0)  # (K,)
-        # DDP averages gradients: each rank lets its own share through, at the place that all ranks agree on
-        mean = mean + (all_reduce_mean(mean.detach().clone()) - mean.detach())
-        # floored: a code far from all of a batch underflows to 0, where the logarithm's gradient is NaN
-        return math.log(self.n_codes) + (mean * mean.clamp_min(1e-20).log()).sum()
-
-    def _to_codes(self, digits: Tensor) -> Tensor:
-        """Digits 0 ... level-1 -> codes in [-1, 1]."""
-        return digits / (0.5 * (self.levels - 1)) - 1
-
-    def lookup(self, indices: Tensor) -> Tensor:
-        """See :meth:`Quantizer.lookup`."""
-        digits = indices[..., None].div(self.strides, rounding_mode="floor") % self.levels
-        return self._to_codes(digits.float())
-
-    def forward(self, z: Tensor) -> Quantized:
-        """See :meth:`Quantizer.forward`."""
-        with torch.autocast(z.device.type, enabled=False):
-            bounded = self._bound(flatten_channels(z))  # (N, C)
-            digits = torch.minimum(bounded.detach().round().clamp_min(0), self.levels - 1)
-            indices = (digits.long() * self.strides).sum(1)  # (N,)
-            codes = self._to_codes(bounded + (digits - bounded).detach())  # (N, C)
-            train_use = self.training and self.entropy_weight > 0
-            loss = self.entropy_weight * self._missing_entropy(bounded) if train_use else bounded.new_zeros(())
             return Quantized(unflatten_channels(codes, z), indices.view(z.shape[0], *z.shape[2:]), loss)
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from errors import ConfigurationError, InputError
 from vq_gan_3d.code_norm import CodeNorm
-from vq_gan_3d.codebook import Quantized, build_quantizer
+from vq_gan_3d.codebook import build_quantizer
 from vq_gan_3d.encoder_decoder import Decoder, Encoder, Stage, Stride
+from vq_gan_3d.quantizer import Quantized
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,9 @@ import torch.nn.functional as F
 
 from benchmarks.memory import peak_rss_of
 from errors import ConfigurationError
-from vq_gan_3d.codebook import (
-    FSQ,
-    EMACodebook,
-    SimVQ,
-    build_quantizer,
-    even_codes,
-    flatten_channels,
-    nearest_codes,
-    pick_vectors,
-    unflatten_channels,
-)
+from vq_gan_3d.codebook import EMACodebook, SimVQ, build_quantizer, even_codes, pick_vectors
+from vq_gan_3d.fsq import FSQ
+from vq_gan_3d.quantizer import flatten_channels, nearest_codes, unflatten_channels
 
 
 def as_grid(vectors):
