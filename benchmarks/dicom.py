@@ -1,4 +1,6 @@
-"""Speed of DICOM -> HU volume, every check included, beside SimpleITK's reader, which checks nothing, in one run.
+"""Speed of DICOM -> HU volume -> training store, every check included, beside SimpleITK's reader, in one run.
+
+SimpleITK checks nothing and has no store: it is its reader alone that stands beside ours.
 
 python benchmarks/dicom.py [--quick] [--json FILE] [--input FOLDER ...]
 """
@@ -15,6 +17,7 @@ import SimpleITK
 
 from benchmarks.harness import Row, medians, print_table, standard_parser, time_interleaved, write_report
 from dataset.phantom_dicom import SeriesTags, phantom_volume, write_dicom_series
+from dataset.store import write_store
 from dataset.volume_io import Volume, write_nifti
 from preprocess.dicom_header import read_header
 from preprocess.dicom_index import index_tree
@@ -39,13 +42,18 @@ def simpleitk(folder: Path) -> np.ndarray:
 def phantom_series(folder: Path, size_dhw: tuple[int, int, int]) -> Path:
     """A series of phantom slices with noise; a few slices repeated, because painting 200 takes a minute."""
     few, tags = phantom_volume(0, (8, *size_dhw[1:]))
-    volume = Volume(np.resize(few.hu, size_dhw), few.affine)
+    affine = few.affine.copy()
+    affine[:3, 0] *= len(few.hu) / size_dhw[0]  # the same patient in thinner slices
+    volume = Volume(np.resize(few.hu, size_dhw), affine)
     write_dicom_series(volume, folder, SeriesTags(tags.patient))
     return folder
 
 
 def rows_of(name: str, folder: Path, rounds: int) -> list[Row]:
-    """Slices per second of a folder that holds one series, to memory and to ``.nii.gz``."""
+    """Slices per second of a folder that holds one series: to memory, to a store and to ``.nii.gz``.
+
+    A store is compared with SimpleITK's reader alone, which has none.
+    """
     volume, reference = ours(folder), simpleitk(folder)
     if not np.array_equal(volume.hu, np.maximum(reference, -1024)):
         raise AssertionError(f"{folder}: we and SimpleITK disagree on its voxels")
@@ -59,6 +67,7 @@ def rows_of(name: str, folder: Path, rounds: int) -> list[Row]:
 
         reading: dict[str, Callable[[], object]] = {
             "ours": lambda: ours(folder),
+            "ours, stored": lambda: write_store(Path(scratch) / "ours.b2nd", ours(folder), {}),
             "SimpleITK": lambda: simpleitk(folder),
         }
         writing: dict[str, Callable[[], object]] = {
@@ -70,6 +79,7 @@ def rows_of(name: str, folder: Path, rounds: int) -> list[Row]:
         rate = {what: len(volume.hu) / seconds for what, seconds in medians(times).items()}
     return [
         Row.compared(f"{name}: to memory", rate["ours"], "slices/s", rate["SimpleITK"], "higher"),
+        Row.compared(f"{name}: to a store", rate["ours, stored"], "slices/s", rate["SimpleITK"], "higher"),
         Row.compared(f"{name}: to .nii.gz", rate["ours, written"], "slices/s", rate["SimpleITK, written"], "higher"),
     ]
 

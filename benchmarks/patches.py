@@ -20,8 +20,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from benchmarks.harness import Row, medians, print_table, standard_parser, time_interleaved, write_report
+from dataset.body import body_metadata
 from dataset.intensity import HUWindow
-from dataset.patch_sampling import body_metadata
 from dataset.phantom import make_phantom
 from dataset.sources import StoreSource, prepare
 from dataset.store import CHUNKS_DHW, open_store, write_store
@@ -62,7 +62,7 @@ def readers(folder: Path, volume: Volume) -> dict[str, Callable[[Window], np.nda
 
     hu = volume.hu
     paths = {kind: folder / f"volume{kind}" for kind in (".b2nd", ".nii.gz", ".nii", ".npy", ".zarr")}
-    write_store(paths[".b2nd"], volume, {"body": body_metadata(hu)})
+    write_store(paths[".b2nd"], volume, {"body": body_metadata(hu, volume.affine)})
     # written by nibabel as others do; the standard axes (D, H, W) are its (k, j, i)
     image = nib.Nifti1Image(hu.transpose(2, 1, 0), np.diag([-1.0, -1.0, 1.0, 1.0]))
     nib.save(image, paths[".nii.gz"])

@@ -112,6 +112,18 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         _refuse(target, error)
 
 
+def make_folder(folder: Path, what_to_do: str = "choose another --output") -> None:
+    """Create a folder and those above it; one that is there is fine.
+
+    Raises:
+        StorageError: it cannot be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be created ({error.strerror}): {what_to_do}") from error
+
+
 def _open_temporary(target: Path) -> tuple[Path, _RecordingFile]:
     """Create the temporary file beside ``target``; everything that can be refused is refused here, before the work."""
     mode = None

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from dataset.sampler import ResumableSampler
 from dataset.sources import Size, VolumeSource, manifest, prepare_all
 from dataset.splits import SPLIT_NAMES, TRAIN, VALIDATION, assign_splits
-from dataset.volume_dataset import VolumeDataset, collate
+from dataset.volume_dataset import TileDataset, VolumeDataset, collate
 from errors import ConfigurationError, InputError
 
 # After a SIGTERM to the whole process group, so long may the trainer take to its next step boundary and to save.
@@ -65,6 +65,8 @@ class VolumeDataModule(pl.LightningDataModule):
         seed: of order and positions.
         max_bad_fraction: share of volumes that may be unreadable.
         tissue_bias: share of training patches that are centred in the body.
+        validation_tiles: with ``patch_dhw``, what is validated of a held-out volume: 0 its central patch, N so many
+            tiles, evenly spaced, None all that cover it.
 
     Raises:
         ConfigurationError: an empty split, or splits that contradict each other.
@@ -86,6 +88,7 @@ class VolumeDataModule(pl.LightningDataModule):
         seed: int,
         max_bad_fraction: float,
         tissue_bias: float = 0.0,
+        validation_tiles: int | None = 0,
     ) -> None:
         super().__init__()
         self.manifest = manifest(sources)
@@ -96,6 +99,11 @@ class VolumeDataModule(pl.LightningDataModule):
         self.seed = seed
         self.max_bad_fraction = max_bad_fraction
         self.tissue_bias = tissue_bias
+        self.validation_tiles = validation_tiles
+        if validation_tiles is not None and validation_tiles < 0:
+            raise ConfigurationError(
+                f"dataset.validation_tiles={validation_tiles}: give a number of tiles, null for all"
+            )
         splits = assign_splits(
             _given_splits(sources), validation_fraction=validation_fraction, validation=list(validation)
         )
@@ -105,7 +113,7 @@ class VolumeDataModule(pl.LightningDataModule):
             "validation": [source for source in sources if splits[source.patient] == VALIDATION],
         }
         self.bad: dict[str, str] = {}
-        self.datasets: dict[str, VolumeDataset] = {}
+        self.datasets: dict[str, VolumeDataset | TileDataset] = {}
         self.sampler: ResumableSampler | None = None
 
     def build(self, rank: int, world_size: int) -> ResumableSampler:
@@ -124,6 +132,9 @@ class VolumeDataModule(pl.LightningDataModule):
                     f"dataset.max_bad_fraction={self.max_bad_fraction}; the first: {next(iter(failed.values()))}"
                 )
             train = split == "training"
+            if not train and self.patch_dhw is not None and self.validation_tiles != 0:
+                self.datasets[split] = TileDataset(volumes, self.patch_dhw, limit=self.validation_tiles)
+                continue
             self.datasets[split] = VolumeDataset(
                 volumes,
                 self.patch_dhw,
@@ -154,11 +165,22 @@ class VolumeDataModule(pl.LightningDataModule):
         indices = [index for _, index in islice(self.sampler, self.batches_in_flight * self.batch_size)]
         return list(dict.fromkeys(volumes[index % len(volumes)].name for index in indices))
 
-    def names_of_validation(self) -> list[str]:
-        """Names of this rank's held-out volumes, in order."""
+    def _share_of_validation(self) -> list[int]:
+        """Held-out samples of this rank, in order; ranks share by volume, so that one rank sees all of a volume."""
         assert self.sampler is not None
-        volumes = self.datasets["validation"].volumes
-        return [volume.name for volume in volumes[self.sampler.rank :: self.sampler.world_size]]
+        dataset, world_size = self.datasets["validation"], self.sampler.world_size
+        count = len(dataset.volumes)
+        # fewer volumes than ranks: all see all of them, since an empty loader would leave a rank out of collectives
+        volumes = list(range(count) if count < world_size else range(self.sampler.rank, count, world_size))
+        return dataset.of_volumes(volumes) if isinstance(dataset, TileDataset) else volumes
+
+    def names_of_validation(self) -> list[str]:
+        """Name of the volume of each of this rank's validation batches, in order."""
+        dataset = self.datasets["validation"]
+        share = self._share_of_validation()
+        if isinstance(dataset, TileDataset):
+            return [dataset.volumes[dataset.tiles[index][0]].name for index in share]
+        return [dataset.volumes[index].name for index in share]
 
     def _loader(self, split: str, **options: Any) -> DataLoader[dict[str, Any]]:
         return DataLoader(
@@ -179,9 +201,5 @@ class VolumeDataModule(pl.LightningDataModule):
         return self._loader("training", batch_size=self.batch_size, sampler=self.sampler, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Loader of held-out volumes, one at a time; every rank takes its share."""
-        assert self.sampler is not None
-        count, world_size = len(self.datasets["validation"]), self.sampler.world_size
-        # fewer volumes than ranks: all see all of them, since an empty loader would leave a rank out of collectives
-        share = range(count) if count < world_size else range(self.sampler.rank, count, world_size)
-        return self._loader("validation", batch_size=1, sampler=list(share))
+        """Loader of held-out volumes or of their tiles, one at a time; every rank takes its share."""
+        return self._loader("validation", batch_size=1, sampler=self._share_of_validation())

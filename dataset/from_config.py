@@ -42,6 +42,7 @@ def data_module(config: DictConfig) -> VolumeDataModule:
         seed=t.seed,
         max_bad_fraction=d.max_bad_fraction,
         tissue_bias=tissue_bias,
+        validation_tiles=d.validation_tiles,
     )
 
 
@@ -52,6 +53,8 @@ def volume_sources(d: DictConfig) -> list[VolumeSource]:
         ConfigurationError: no folder, or no size of phantoms.
         InputError: the folder holds no volumes.
     """
+    if d.spacing_mm is not None and (d.name in (*COHORTS, "store", "nifti") or d.root_dir):
+        raise ConfigurationError(f"dataset.spacing_mm is of phantoms, dataset={d.name} has grids of its own: leave it")
     if d.name in COHORTS:
         from dataset.pairs import cohort_sources  # reads tables, which other data need not load
 
@@ -64,7 +67,8 @@ def volume_sources(d: DictConfig) -> list[VolumeSource]:
     if grid is None:
         raise ConfigurationError("dataset=phantom needs dataset.size or dataset.phantom_size as [D, H, W]")
     log.info("data: phantom thoraces; your own: dataset=nifti dataset.root_dir=/folder/of/nii.gz")
-    return [PhantomSource(seed, grid) for seed in range(d.first_seed, d.first_seed + d.n_patients)]
+    spacing = _spacing_mm(d.spacing_mm)
+    return [PhantomSource(seed, grid, spacing) for seed in range(d.first_seed, d.first_seed + d.n_patients)]
 
 
 def size_dhw(value: Any) -> tuple[int, int, int] | None:
@@ -74,6 +78,16 @@ def size_dhw(value: Any) -> tuple[int, int, int] | None:
     if len(value) != 3 or min(value) < 1:
         raise ConfigurationError(f"size {list(value)} is no [D, H, W] of positive integers")
     return int(value[0]), int(value[1]), int(value[2])
+
+
+def _spacing_mm(value: Any) -> tuple[float, float, float] | None:
+    if value is None:
+        return None
+    try:
+        d, h, w = (float(step) for step in value)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"dataset.spacing_mm={value} is no [d, h, w] in mm") from error
+    return d, h, w
 
 
 def plain_dict(config: DictConfig) -> dict[str, Any]:

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from dataset.verification import STORE_SUFFIX, VOLUME_SUFFIXES
 from dataset.volume_io import Volume, read_nifti
 from errors import InputError, one_line
 
-VOLUME_SUFFIXES = (".nii.gz", ".nii", ".b2nd")
-STORE_SUFFIX = ".b2nd"
 # A sidecar holds a dozen fields; what is larger is something else.
 _MAX_SIDECAR_BYTES = 1 << 20
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -98,19 +97,10 @@ def is_store(path: Path) -> bool:
 
 def volume_stem(path: Path) -> str:
     """File name without .nii, .nii.gz or .b2nd."""
-    for suffix in VOLUME_SUFFIXES:
+    for suffix in sorted(VOLUME_SUFFIXES, key=len, reverse=True):
         if path.name.lower().endswith(suffix):
             return path.name[: -len(suffix)]
     return path.name
-
-
-def find_volumes(root: Path) -> list[Path]:
-    """All volumes below a folder, in a stable order; hidden files are not looked at."""
-    return [
-        path
-        for path in sorted(root.rglob("*"))
-        if path.name.lower().endswith(VOLUME_SUFFIXES) and not path.name.startswith(".") and path.is_file()
-    ]
 
 
 def patient_of(volume: Path) -> str:

@@ -21,8 +21,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dataset.pairs_case import VOLUME_SUFFIXES, CTCase, case_name, with_unique_names
+from dataset.pairs_case import CTCase, case_name, with_unique_names
 from dataset.splits import SPLIT_NAMES
+from dataset.verification import VOLUME_SUFFIXES
 from errors import InputError, one_line
 
 log = logging.getLogger(__name__)

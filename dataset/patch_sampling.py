@@ -20,16 +20,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
 
-from dataset.store import LazyHU
 from errors import InputError
-
-# Between lung (-850) with its vessels and fat (-100): what exceeds it is soft tissue, and bounds the body from outside.
-BODY_THRESHOLD_HU = -500.0
-# Some 40 cells along each axis, about 10 mm of a chest: its walls are thicker than a cell, couch covers are thinner.
-CELLS = 40
-MAX_CELL_VOX = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,39 +48,6 @@ class BodyMap:
             for index, size, offset, length in zip(cell, self.cell_vox, self.offset_vox, self.shape, strict=True)
         )
         return d, h, w
-
-
-def body_metadata(hu: np.ndarray | LazyHU) -> dict[str, Any]:
-    """The entry ``body`` of a store's metadata: bounding box and coarse map.
-
-    Cells whose mean exceeds -500 HU, the largest connected piece of them (not the table), holes filled slice by slice
-    (lungs are body). A volume without tissue is body everywhere.
-
-    Args:
-        hu: (D, H, W) int16.
-
-    Returns:
-        ``bounding_box_vox`` [[d0, h0, w0], [d1, h1, w1]] (end exclusive), ``fraction`` of cells in the body, and
-        ``map`` with ``cell_vox``, ``cells`` (the grid) and ``bits`` (packed, zlib, base64).
-    """
-    cell = tuple(min(MAX_CELL_VOX, math.ceil(length / CELLS)) for length in hu.shape)
-    grid = tuple(math.ceil(length / size) for length, size in zip(hu.shape, cell, strict=True))
-    tissue = _block_mean(hu, cell) > BODY_THRESHOLD_HU
-    labels, count = ndimage.label(tissue)
-    if count:
-        largest = 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
-        body = np.stack([ndimage.binary_fill_holes(part) for part in labels == largest])
-    else:
-        body = np.ones(grid, dtype=bool)
-    where = np.argwhere(body)
-    start = where.min(axis=0) * cell
-    stop = np.minimum((where.max(axis=0) + 1) * cell, hu.shape)
-    bits = zlib.compress(np.packbits(body).tobytes(), 9)
-    return {
-        "bounding_box_vox": [start.tolist(), stop.tolist()],
-        "fraction": round(float(body.mean()), 4),
-        "map": {"cell_vox": list(cell), "cells": list(grid), "bits": base64.b64encode(bits).decode()},
-    }
 
 
 def read_body(metadata: dict[str, Any], shape: Sequence[int]) -> BodyMap | None:
@@ -157,17 +116,3 @@ def random_start(
         else:
             start.append(min(max(centre[axis] - patch // 2, 0), size - patch))
     return start
-
-
-def _block_mean(hu: np.ndarray | LazyHU, cell: Sequence[int]) -> np.ndarray:
-    """Mean HU of each cell, cells at the end may be cut; slab by slab, so memory stays at a slab."""
-    rows = np.arange(0, hu.shape[1], cell[1])
-    columns = np.arange(0, hu.shape[2], cell[2])
-    area = np.diff(np.append(rows, hu.shape[1]))[:, None] * np.diff(np.append(columns, hu.shape[2]))[None]
-    means = []
-    for first in range(0, hu.shape[0], cell[0]):
-        slab = np.asarray(hu[first : first + cell[0]])
-        plane = slab.sum(axis=0, dtype=np.int64)
-        sums = np.add.reduceat(np.add.reduceat(plane, rows, axis=0), columns, axis=1)
-        means.append(sums / (area * len(slab)))
-    return np.stack(means)

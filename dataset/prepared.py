@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.atomic import atomic_write
-from dataset.patch_sampling import BodyMap, body_metadata, read_body
+from dataset.atomic import atomic_write, make_folder
+from dataset.body import body_metadata
+from dataset.patch_sampling import BodyMap, read_body
 from dataset.store import LazyHU, StoredVolume, open_store
-from errors import InputError, StorageError
+from errors import InputError
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def own_body(name: str, stored: StoredVolume, cache: Path) -> BodyMap | None:
     try:
         return read_body({"body": json.loads(path.read_text())}, stored.shape)
     except (OSError, ValueError, InputError):
-        body = body_metadata(stored.hu)
+        body = body_metadata(stored.hu, stored.affine)
     make_cache(cache)
     with atomic_write(path) as handle:
         handle.write(json.dumps(body).encode())
@@ -82,10 +83,7 @@ def make_cache(cache: Path) -> None:
     Raises:
         StorageError: it cannot be created.
     """
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{cache}: cannot be created ({error.strerror}): set dataset.cache_dir") from error
+    make_folder(cache, "set dataset.cache_dir")
 
 
 def short_hash(text: str) -> str:

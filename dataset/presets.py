@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from dataset.pairs_case import CTCase, case_name, find_volumes, read_sidecar, volume_stem, with_unique_names
+from dataset.pairs_case import CTCase, case_name, read_sidecar, volume_stem, with_unique_names
 from dataset.pairs_keys import pseudonym
 from dataset.pairs_table import table_rows
+from dataset.verification import find_volumes
 from errors import ConfigurationError, InputError
 
 log = logging.getLogger(__name__)
@@ -212,10 +213,7 @@ def _modality_and_view(path: Path) -> tuple[str | None, str | None]:
 def _volumes(root: Path) -> list[Path]:
     if not root.is_dir():
         raise ConfigurationError(f"{root}: no such folder: point dataset.root_dir at the converted volumes")
-    volumes = find_volumes(root)
-    if not volumes:
-        raise InputError(f"{root}: holds no .nii, .nii.gz or .b2nd: {_CONVERT}")
-    return volumes
+    return find_volumes(root, hint=_CONVERT)
 
 
 def _join(

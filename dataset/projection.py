@@ -2,7 +2,7 @@
 
 Two projectors share one view convention. Parallel beams run along an axis of the standard array (differentiable, for
 losses and consistency metrics); a cone beam has a point source and is described here as pure geometry in RAS+ mm,
-while `preprocess/render_drr.py` renders it.
+while `dataset/drr_render.py` renders it.
 
 A frontal picture has the head up and the patient's left on the right, as if one faced the patient: rows run against D,
 columns along W. A lateral one has the head up and the chest on the left: rows run against D, columns along H.

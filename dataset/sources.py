@@ -20,20 +20,20 @@ from typing import Protocol
 import numpy as np
 from tqdm import tqdm
 
+from dataset.body import body_metadata
 from dataset.geometry import resample_to_size
 from dataset.pairs_case import patient_of, volume_stem
-from dataset.patch_sampling import body_metadata
 from dataset.phantom import make_phantom
 from dataset.prepared import PreparedVolume, body_of, make_cache, own_body, short_hash
 from dataset.store import SUFFIX, StoredVolume, open_store, verify_store, write_store
-from dataset.verification import verify_files
+from dataset.verification import find_volumes, verify_files
 from dataset.volume_io import Volume, read_nifti, to_int16_hu
 from errors import ConfigurationError, InputError
 
 log = logging.getLogger(__name__)
 Size = tuple[int, int, int]
 # Part of every cache key: raise it when prepared volumes change for the same input.
-PREPARATION_VERSION = 2
+PREPARATION_VERSION = 3
 VERIFIED = "verified.json"  # which cached volumes were read to their last voxel, by size and time
 
 
@@ -62,10 +62,17 @@ class VolumeSource(Protocol):
 
 @dataclass(frozen=True)
 class PhantomSource:
-    """A procedural thorax; made at its final size, no resampling."""
+    """A procedural thorax; made at its final size, no resampling.
+
+    Attributes:
+        seed: of the patient.
+        size_dhw: voxels.
+        spacing_mm: of the voxels (d, h, w); None: fitted to the patient, so that every thorax fills its volume.
+    """
 
     seed: int
     size_dhw: Size
+    spacing_mm: tuple[float, float, float] | None = None
 
     @property
     def name(self) -> str:
@@ -76,12 +83,12 @@ class PhantomSource:
 
     @property
     def identity(self) -> str:
-        """Seed and size say it all."""
-        return f"{self.name} {self.size_dhw}"
+        """Seed and grid say it all."""
+        return f"{self.name} {self.size_dhw} {self.spacing_mm}"
 
     def load(self) -> Volume:
         """Make the phantom."""
-        phantom = make_phantom(self.seed, self.size_dhw)
+        phantom = make_phantom(self.seed, self.size_dhw, self.spacing_mm)
         return Volume(phantom.hu, phantom.affine, source=self.name)
 
 
@@ -163,10 +170,7 @@ def _find(root_dir: str | None, kind: str, suffixes: tuple[str, ...], hint: str)
     root = Path(root_dir).expanduser()
     if not root.is_dir():
         raise ConfigurationError(f"{root}: no such folder: {hint}")
-    # hidden files are temporary ones, or what other systems leave beside theirs
-    paths = [path for path in sorted(root.rglob("*")) if path.name.endswith(suffixes) and path.name[0] != "."]
-    if not paths:
-        raise InputError(f"{root}: holds no {' or '.join(suffixes)} file: {hint}")
+    paths = find_volumes(root, suffixes, hint)
     names = [volume_stem(path) for path in paths]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise InputError(f"{root}: several files are called {min(twice)}: give each patient a name of its own")
@@ -219,7 +223,7 @@ def _make(source: VolumeSource, size_dhw: Size | None, path: Path) -> StoredVolu
         resampled, affine = resample_to_size(hu, affine, size_dhw)
         hu, _, _ = to_int16_hu(resampled)
     make_cache(path.parent)
-    write_store(path, Volume(hu, affine), {"name": source.name, "body": body_metadata(hu)})
+    write_store(path, Volume(hu, affine), {"name": source.name, "body": body_metadata(hu, affine)})
     return open_store(path)
 
 
@@ -232,24 +236,35 @@ def prepare_all(
         The prepared volumes, and a reason for each that failed, by name.
     """
     prepared, failed = [], {}
-    _remove_damaged(sources, size_dhw, cache)
+    damaged = _damaged(sources, size_dhw, cache)
     for source in tqdm(sources, desc=f"preparing {what}", unit="volume", disable=not sys.stderr.isatty()):
         try:
+            if (own := getattr(source, "store", None)) in damaged:
+                raise InputError(damaged[own])
             prepared.append(prepare(source, size_dhw, cache))
         except InputError as error:
             failed[source.name] = str(error)
     return prepared, failed
 
 
-def _remove_damaged(sources: Sequence[VolumeSource], size_dhw: Size | None, cache: Path) -> None:
-    """Remove cached volumes whose voxels are not what was written; those verified before are not read again."""
-    paths = []
+def _damaged(sources: Sequence[VolumeSource], size_dhw: Size | None, cache: Path) -> dict[Path, str]:
+    """Remove cached volumes whose voxels are not what was written; the user's own stores like that, with the reason.
+
+    All are read to their last voxel before the first step; those verified before are not read again.
+    """
+    own, cached = [], []
     for source in sources:
         with contextlib.suppress(InputError, OSError):  # told when it is prepared
-            paths.append(_cached_path(source, size_dhw, cache))
-    for bad in verify_files([path for path in paths if path.exists()], cache / VERIFIED):
-        log.warning("%s; cached volume, made again from its source", bad.reason)
-        Path(bad.path).unlink(missing_ok=True)
+            store: Path | None = getattr(source, "store", None)
+            if store is not None and (size_dhw is None or open_store(store).shape == tuple(size_dhw)):
+                own.append(store)
+            elif (path := _cached_path(source, size_dhw, cache)).exists():
+                cached.append(path)
+    bad = {Path(file.path): file.reason for file in verify_files([*own, *cached], cache / VERIFIED)}
+    for path in bad.keys() & set(cached):
+        log.warning("%s; cached volume, made again from its source", bad[path])
+        path.unlink(missing_ok=True)
+    return {path: bad[path] for path in bad.keys() & set(own)}
 
 
 def manifest(sources: Sequence[VolumeSource]) -> str:

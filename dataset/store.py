@@ -1,8 +1,8 @@
 """The native-grid store: one volume as int16 HU in one file, of which any patch can be read without the rest.
 
 A ``.b2nd`` file (blosc2) that numpy users can open with ``blosc2.open(path)[...]``. Inside, beside the voxels
-(D, H, W): a record with marker and version, shape, affine, spacing, metadata and the SHA-256 of the voxels
-and of itself.
+(D, H, W): a record with marker and version, shape, affine, spacing, metadata and the SHA-256 of the voxels, of
+their compressed bytes and of itself.
 
 Handles are opened by the process that reads (a `StoredVolume` pickles as its path), and blosc2 always runs on one
 thread: its pool gives no speed on patches, does not survive a fork, and writes blocks in the order in which its threads
@@ -24,13 +24,13 @@ import numpy as np
 
 from dataset.atomic import atomic_write
 from dataset.geometry import checked_affine, spacing_mm
-from dataset.store_frame import MAX_RECORD_BYTES, RECORD_NAME, Shape, read_frame
+from dataset.store_frame import MAX_RECORD_BYTES, RECORD_NAME, Shape, data_sha256, frame_sha256, read_frame
 from dataset.volume_io import Volume, to_int16_hu
 from errors import InputError, one_line
 
 SUFFIX = ".b2nd"
 MARKER = "xray2ctpa volume store"
-VERSION = 1
+VERSION = 2
 # Fitted to patches of (128, 256, 256) in a (604, 512, 512) chest; `benchmarks/patches.py` measures it. Small blocks
 # waste little at a patch's border, but each costs a call; whole blocks are read, never whole chunks.
 CHUNKS_DHW = (32, 128, 128)
@@ -121,6 +121,7 @@ class StoredVolume:
             self.affine = checked_affine(record["affine"])
             self.metadata: dict[str, Any] = dict(record["metadata"])
             self.checksum = str(record["sha256"])
+            self._data, self._data_sha256 = frame.data, str(record["data_sha256"])
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from error
         except (KeyError, TypeError, ValueError) as error:
@@ -135,6 +136,20 @@ class StoredVolume:
     def hu(self) -> LazyHU:
         """The voxels, (D, H, W) int16, read when sliced."""
         return LazyHU(self.path, self.shape)
+
+    def check_data(self) -> None:
+        """Compare the compressed voxels with their checksum; nothing is decompressed.
+
+        Raises:
+            InputError: they are not what was written.
+        """
+        try:
+            with open(self.path, "rb") as handle:
+                sound = data_sha256(handle, self._data) == self._data_sha256
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read ({error.strerror or one_line(error)})") from error
+        if not sound:
+            raise InputError(f"{self.path}: the voxels are not those that were written (SHA-256): build it again")
 
     def slabs(self) -> Iterator[np.ndarray]:
         """All voxels in order, (<= 32, H, W) at a time."""
@@ -178,15 +193,24 @@ def write_store(path: str | os.PathLike[str], volume: Volume, metadata: dict[str
         "sha256": hashlib.sha256(hu.data).hexdigest(),
         "metadata": metadata,
     }
+    array = _compressed(hu)
+    record["data_sha256"] = frame_sha256(array.to_cframe())
     record["record_sha256"] = _digest(record)
     text = json.dumps(record, sort_keys=True, allow_nan=False)
     if len(text.encode()) > MAX_RECORD_BYTES // 2:
         raise InputError(f"{path}: not written, its metadata is longer than {MAX_RECORD_BYTES // 2} bytes: shorten it")
+    array.schunk.vlmeta[RECORD_NAME] = text
+    frame = array.to_cframe()
+    with atomic_write(path) as handle:
+        handle.write(frame)
+
+
+def _compressed(hu: np.ndarray) -> Any:
     chunks = tuple(min(n, c) for n, c in zip(hu.shape, CHUNKS_DHW, strict=True))
     blocks = tuple(min(n, b) for n, b in zip(hu.shape, BLOCKS_DHW, strict=True))
     for name in [name for name in os.environ if name.startswith("BLOSC_")]:
         del os.environ[name]  # C-Blosc2 lets BLOSC_NTHREADS, BLOSC_CLEVEL and the like win over what is asked for here
-    array = blosc2.asarray(
+    return blosc2.asarray(
         hu,
         chunks=chunks,
         blocks=blocks,
@@ -198,14 +222,14 @@ def write_store(path: str | os.PathLike[str], volume: Volume, metadata: dict[str
         ),
         dparams=blosc2.DParams(nthreads=1),
     )
-    array.schunk.vlmeta[RECORD_NAME] = text
-    frame = array.to_cframe()
-    with atomic_write(path) as handle:
-        handle.write(frame)
 
 
 def verify_store(path: str | os.PathLike[str]) -> StoredVolume:
-    """Read every voxel and compare with the checksum inside.
+    """Read every voxel and compare with the checksums inside.
+
+    The compressed bytes come first: what is damaged is refused before C-Blosc2 decompresses it, whose slices (3.3.5,
+    `b2nd_get_slice`) lose the buffer of a chunk each time that they fail, so that a search through many damaged files
+    would eat the memory.
 
     Returns:
         The opened store.
@@ -214,6 +238,7 @@ def verify_store(path: str | os.PathLike[str]) -> StoredVolume:
         InputError: as `open_store`, or a voxel is not what was written.
     """
     stored = open_store(path)
+    stored.check_data()
     digest = hashlib.sha256()
     for slab in stored.slabs():
         digest.update(np.ascontiguousarray(slab, dtype="<i2").data)

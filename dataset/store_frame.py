@@ -10,6 +10,7 @@ README_B2ND_METALAYER.rst).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import blosc2
 import msgpack
@@ -36,6 +37,7 @@ _MAX_HEADER_BYTES = 4096
 _MAX_TRAILER_BYTES = MAX_RECORD_BYTES + 4096
 _TRAILER_END_BYTES = 23  # 0xce, length of the trailer as uint32, fingerprint of 18 bytes
 _CHUNK_HEADER_BYTES = 32
+_READ_BYTES = 1 << 20
 _DAMAGED = "damaged or truncated: build it again"
 
 Shape = tuple[int, int, int]
@@ -50,12 +52,34 @@ class Frame:
         chunks: of the array.
         blocks: of a chunk.
         record: our JSON record.
+        data: where the compressed voxels begin and end in the file.
     """
 
     shape: Shape
     chunks: Shape
     blocks: Shape
     record: dict[str, Any]
+    data: tuple[int, int]
+
+
+def data_sha256(source: BinaryIO, data: tuple[int, int]) -> str:
+    """SHA-256 of the compressed voxels, as they lie in a frame.
+
+    Raises:
+        OSError: they cannot be read.
+    """
+    digest = hashlib.sha256()
+    source.seek(data[0])
+    for start in range(*data, _READ_BYTES):
+        digest.update(source.read(min(_READ_BYTES, data[1] - start)))
+    return digest.hexdigest()
+
+
+def frame_sha256(frame: bytes) -> str:
+    """`data_sha256` of a frame that was just made."""
+    (trailer_bytes,) = struct.unpack(">xI", frame[-_TRAILER_END_BYTES:][:5])
+    data = struct.unpack(">i", frame[11:15])[0], len(frame) - trailer_bytes
+    return hashlib.sha256(memoryview(frame)[slice(*data)]).hexdigest()
 
 
 def read_frame(path: Path) -> Frame:
@@ -95,7 +119,7 @@ def read_frame(path: Path) -> Frame:
     except (ValueError, TypeError, KeyError, IndexError, struct.error, RuntimeError, RecursionError) as error:
         # what msgpack and json raise on bytes that are none of theirs
         raise InputError(f"{path}: {_DAMAGED} ({one_line(error)})") from error
-    return Frame(shape, chunks, blocks, record)
+    return Frame(shape, chunks, blocks, record, (header_bytes, size - trailer_bytes))
 
 
 def _require(condition: bool, what: str) -> None:

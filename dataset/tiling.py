@@ -13,10 +13,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from errors import ConfigurationError
 
 Triple = tuple[int, int, int]
+Borders = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,15 @@ class Tiling:
         return d, h, w
 
     @property
+    def borders(self) -> Borders:
+        """Where tiles begin or end inside the volume, along D, H and W: the voxel behind the face."""
+        d, h, w = (
+            tuple(sorted({at for start in line for at in (start, start + tile) if 0 < at < length}))
+            for line, tile, length in zip(self.starts, self.tile_dhw, self.shape_dhw, strict=True)
+        )
+        return d, h, w
+
+    @property
     def counts(self) -> Triple:
         """Tiles along D, H and W."""
         d, h, w = self.starts
@@ -80,6 +91,104 @@ class Tiling:
 
     def __iter__(self) -> Iterator[Triple]:
         yield from itertools.product(*self.starts)
+
+
+class HaloTile(NamedTuple):
+    """One tile of a `HaloTiling`, in voxels of the padded volume; for each axis D, H, W.
+
+    Attributes:
+        window: what is read, halo included.
+        keep: what is exact in the result of the window and is kept; the kept parts of all tiles fill the volume once.
+    """
+
+    window: tuple[slice, slice, slice]
+    keep: tuple[slice, slice, slice]
+
+    @property
+    def inner(self) -> tuple[slice, slice, slice]:
+        """``keep`` counted from the start of the window."""
+        d, h, w = (slice(k.start - a.start, k.stop - a.start) for k, a in zip(self.keep, self.window, strict=True))
+        return d, h, w
+
+
+@dataclass(frozen=True)
+class HaloTiling:
+    """Windows of one size whose results, less a halo on the sides that lie inside the volume, tile it exactly.
+
+    A window at the border of the volume has no halo there: what a network pads with zeros beyond the volume it pads
+    beyond that window too.
+
+    Args:
+        shape_dhw: of the volume.
+        tile_dhw: of a window, halo included; cut to the padded volume where that is smaller.
+        halo_dhw: how far the network looks, in voxels; rounded up to the stride.
+        stride_dhw: total stride of the codec.
+
+    Raises:
+        ConfigurationError: sizes that are not positive, or a tile that is all halo.
+    """
+
+    shape_dhw: Triple
+    tile_dhw: Triple
+    halo_dhw: Triple
+    stride_dhw: Triple = (1, 1, 1)
+
+    def __post_init__(self) -> None:
+        Tiling(self.shape_dhw, self.tile_dhw, 0.0, self.stride_dhw)  # checks all but the halo
+        for padded, tile, halo, stride in zip(
+            self.padded_dhw, self.tile_dhw, self.halo_dhw, self.stride_dhw, strict=True
+        ):
+            if tile < padded and tile < 2 * round_up(halo, stride) + stride:
+                least = [2 * round_up(h, s) + s for h, s in zip(self.halo_dhw, self.stride_dhw, strict=True)]
+                raise ConfigurationError(
+                    f"tiling: a tile of {list(self.tile_dhw)} has nothing inside its halo of {list(self.halo_dhw)} "
+                    f"voxels: use at least {least} [D, H, W]"
+                )
+
+    @cached_property
+    def padded_dhw(self) -> Triple:
+        """Size of the volume padded to the stride."""
+        d, h, w = (round_up(length, stride) for length, stride in zip(self.shape_dhw, self.stride_dhw, strict=True))
+        return d, h, w
+
+    @cached_property
+    def axes(self) -> tuple[list[tuple[slice, slice]], ...]:
+        """For each axis the windows and what is kept of them, rising."""
+        return tuple(
+            _halo_axis(length, min(tile, length), round_up(halo, stride))
+            for length, tile, halo, stride in zip(
+                self.padded_dhw, self.tile_dhw, self.halo_dhw, self.stride_dhw, strict=True
+            )
+        )
+
+    @property
+    def borders(self) -> Borders:
+        """Where kept parts meet inside the volume, along D, H and W: the voxel behind the face."""
+        d, h, w = (
+            tuple(keep.start for _, keep in axis if 0 < keep.start < length)
+            for axis, length in zip(self.axes, self.shape_dhw, strict=True)
+        )
+        return d, h, w
+
+    @property
+    def window_dhw(self) -> Triple:
+        """Size of every window."""
+        d, h, w = (min(tile, length) for tile, length in zip(self.tile_dhw, self.padded_dhw, strict=True))
+        return d, h, w
+
+    def __len__(self) -> int:
+        return math.prod(len(axis) for axis in self.axes)
+
+    def __iter__(self) -> Iterator[HaloTile]:
+        for row in self.rows():
+            yield from row
+
+    def rows(self) -> Iterator[list[HaloTile]]:
+        """The tiles of one depth at a time; each row completes its kept slices."""
+        for depth in self.axes[0]:
+            yield [
+                HaloTile(*zip(depth, height, width, strict=True)) for height, width in itertools.product(*self.axes[1:])
+            ]
 
 
 def round_up(length: int, multiple: int) -> int:
@@ -101,3 +210,11 @@ def _axis_starts(length: int, tile: int, step: int) -> tuple[int, ...]:
     """Every ``step`` voxels, the last one moved back to end at ``length``."""
     count = 1 + math.ceil((length - tile) / step)
     return (*range(0, (count - 1) * step, step), length - tile)
+
+
+def _halo_axis(length: int, tile: int, halo: int) -> list[tuple[slice, slice]]:
+    if tile == length:
+        return [(slice(0, length), slice(0, length))]
+    starts = _axis_starts(length, tile, tile - 2 * halo)
+    cuts = [0, *(start + halo for start in starts[1:]), length]
+    return [(slice(a, a + tile), slice(*cut)) for a, cut in zip(starts, itertools.pairwise(cuts), strict=True)]

@@ -26,6 +26,7 @@ from errors import ConfigurationError, InputError, StorageError, one_line
 log = logging.getLogger(__name__)
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
 STORE_SUFFIX = ".b2nd"
+VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, STORE_SUFFIX)
 # Part of the cache: raise it when a check is added, and everything is checked again.
 VERIFICATION_VERSION = 1
 _SAVE_EVERY_S = 60.0
@@ -47,8 +48,15 @@ class BadFile:
     reason: str
 
 
-def find_volumes(folder: Path, suffixes: Sequence[str] = (*NIFTI_SUFFIXES, STORE_SUFFIX)) -> list[Path]:
+def find_volumes(
+    folder: Path, suffixes: Sequence[str] = VOLUME_SUFFIXES, hint: str = "give another folder"
+) -> list[Path]:
     """All volume files below a folder, hidden ones left out, in a stable order; a file is taken as it is.
+
+    Args:
+        folder: searched recursively.
+        suffixes: of the names, in lower case; hidden files are temporary, or what other systems leave beside theirs.
+        hint: what to do where there is none.
 
     Raises:
         ConfigurationError: there is no such folder.
@@ -64,7 +72,7 @@ def find_volumes(folder: Path, suffixes: Sequence[str] = (*NIFTI_SUFFIXES, STORE
         if path.name.lower().endswith(tuple(suffixes)) and not path.name.startswith(".")
     ]
     if not found:
-        raise InputError(f"{folder}: holds no {' or '.join(suffixes)} file: give another folder")
+        raise InputError(f"{folder}: holds no {' or '.join(suffixes)} file: {hint}")
     return found
 
 

@@ -79,3 +79,25 @@ def load_xray(path: str | os.PathLike[str], size: int = 256, *, view: XRayView =
     if spacing is not None:
         spacing = spacing[0] * placement.scale[0], spacing[1] * placement.scale[1]
     return XRay(torch.from_numpy(image)[None], found, spacing, str(path), placement, tuple(notes))
+
+
+def view_of(path: str | os.PathLike[str]) -> XRayView:
+    """Which view a radiograph is, as far as its file tells; no pixel is decoded.
+
+    Raises:
+        InputError: the file is gone, or its header contradicts itself; the message names it.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as handle:
+            head = handle.read(132)
+        if head[128:132] == b"DICM":
+            from dataset.xray_dicom import dicom_view
+
+            return dicom_view(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}): copy it again") from error
+    except InputError as error:
+        raise InputError(one_line(f"{path}: {error}")) from error
+    info = read_info(path)
+    return "unknown" if info is None else info.geometry.view

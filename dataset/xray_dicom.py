@@ -22,12 +22,13 @@ log = logging.getLogger(__name__)
 
 _MODALITIES = {"CR", "DX", "RG", "RF", "OT", "SC", ""}
 _DEFLATED = "1.2.840.10008.1.2.1.99"
+_RLE = "1.2.840.10008.1.2.5"
 _FRONTAL = {"PA", "AP", "AP SUPINE", "AP ERECT", "PA ERECT"}
 _LATERAL = {"LL", "RL", "LAT", "LATERAL", "LLAT", "RLAT", "L LAT", "R LAT"}
 # Towards where the columns (to the right) and rows (down) of an upright picture run.
 _UPRIGHT = {"frontal": ("L", "F"), "lateral": ("P", "F")}
 _OPPOSITE = {"L": "R", "R": "L", "A": "P", "P": "A", "H": "F", "F": "H"}
-_DECODER_PACKAGES = "pylibjpeg, pylibjpeg-libjpeg, pylibjpeg-openjpeg and pylibjpeg-rle"
+_DECODER_PACKAGES = "pylibjpeg, pylibjpeg-libjpeg and pylibjpeg-openjpeg"
 
 
 def decode_dicom(path: Path) -> Decoded:
@@ -50,6 +51,24 @@ def decode_dicom(path: Path) -> Decoded:
             header = pydicom.dcmread(path)
             return _decode(header)
         except (InputError, MemoryError, OSError):
+            raise
+        except Exception as error:
+            raise InputError(f"damaged DICOM ({type(error).__name__}): export it again") from error
+
+
+def dicom_view(path: Path) -> XRayView:
+    """The view that a DICOM header names; nothing is decoded.
+
+    Raises:
+        InputError: damaged, or its view position and its patient orientation disagree.
+    """
+    import pydicom
+
+    with warnings.catch_warnings(), _quiet(logging.getLogger("pydicom")):
+        warnings.simplefilter("ignore")
+        try:
+            return _named_view(pydicom.dcmread(path, stop_before_pixels=True))[0]
+        except (InputError, MemoryError):
             raise
         except Exception as error:
             raise InputError(f"damaged DICOM ({type(error).__name__}): export it again") from error
@@ -89,6 +108,9 @@ def _quiet(logger: logging.Logger) -> Iterator[None]:
 
 def _pixels(header: Any, rows: int, columns: int) -> np.ndarray:
     syntax = header.file_meta.TransferSyntaxUID
+    if syntax == _RLE:
+        # pydicom reads it by itself; a decoder in Rust, where one is installed, panics on damage
+        header.pixel_array_options(decoding_plugin="pydicom")
     try:
         pixels = header.pixel_array
     except (MemoryError, KeyboardInterrupt, SystemExit):
@@ -139,17 +161,19 @@ def _displayed(header: Any, pixels: np.ndarray, notes: list[str]) -> np.ndarray:
     return values
 
 
-def _upright(header: Any, pixels: np.ndarray) -> tuple[tuple[XRayView, np.ndarray], bool, list[str]]:
-    """Turn the picture so that the head is up and the patient's left (lateral: the back) is on the right."""
+def _named_view(header: Any) -> tuple[XRayView, list[str]]:
+    """The view, and towards where columns and rows run; [] where the header does not say and the stored way is meant.
+
+    Raises:
+        InputError: view position and patient orientation disagree.
+    """
     position = str(header.get("ViewPosition", "") or "").strip().upper()
     named: XRayView = "frontal" if position in _FRONTAL else "lateral" if position in _LATERAL else "unknown"
-    notes = [f"view position {position}"] if position else []
     orientation = header.get("PatientOrientation") or []
     # composed directions such as "LF" are led by the main one
     letters = [str(direction).strip().upper()[:1] for direction in orientation] if len(orientation) == 2 else []
     if len(letters) != 2 or any(letter not in _OPPOSITE for letter in letters):
-        # without it the standard's picture is meant: shown as stored
-        return (named, pixels), False, notes
+        return named, []
     seen: XRayView = "unknown"
     if not {"H", "F"}.isdisjoint(letters):
         other = next((letter for letter in letters if letter not in "HF"), "")
@@ -158,17 +182,27 @@ def _upright(header: Any, pixels: np.ndarray) -> tuple[tuple[XRayView, np.ndarra
         raise InputError(
             f"view position {position or 'absent'} and patient orientation {letters} disagree: correct them"
         )
+    return seen, letters
+
+
+def _upright(header: Any, pixels: np.ndarray) -> tuple[tuple[XRayView, np.ndarray], bool, list[str]]:
+    """Turn the picture so that the head is up and the patient's left (lateral: the back) is on the right."""
+    view, letters = _named_view(header)
+    position = str(header.get("ViewPosition", "") or "").strip().upper()
+    notes = [f"view position {position}"] if position else []
+    if not letters:
+        return (view, pixels), False, notes
     transposed = letters[0] in "HF"
     if transposed:
         pixels, letters = pixels.T, letters[::-1]
-    right, down = _UPRIGHT[seen]
+    right, down = _UPRIGHT[view]
     if letters[0] != right:
         pixels = pixels[:, ::-1]
     if letters[1] != down:
         pixels = pixels[::-1]
     if transposed or letters != [right, down]:
         notes.append("turned as its patient orientation says")
-    return (seen, pixels), transposed, notes
+    return (view, pixels), transposed, notes
 
 
 def _spacing(header: Any) -> tuple[tuple[float, float] | None, str]:

@@ -78,7 +78,9 @@ def _bars(axes: Axes, counts: dict[str, int], label: str) -> None:
     axes.bar_label(bars, fontsize=8, padding=2)
     # a dollar sign would start a formula
     axes.set_yticks(places, [name.replace("$", r"\$") for name in shown])
-    axes.set_ylim(-0.8, max(len(shown), 3) - 0.2)
+    # one or two bars are as thin as those of three, and stand in the middle
+    spare = max(0, 3 - len(shown)) / 2
+    axes.set_ylim(-0.8 - spare, len(shown) - 0.2 + spare)
     axes.margins(x=0.12)
     axes.set_xlabel(f"volumes by {label}", fontsize=8)
     _whole_numbers(axes, "x")
@@ -91,7 +93,8 @@ def _histogram(axes: Axes, values: Sequence[float | None], label: str, limit: fl
         return
     low, high = min(known), max(known)
     pad = 0.05 * (high - low) or 0.5
-    axes.hist(known, bins=min(30, max(8, len(known) // 4)), range=(low - pad, high + pad), color=_BAR)
+    # an odd number, so that the only value of a uniform collection lies in the middle of its bar
+    axes.hist(known, bins=min(30, max(8, len(known) // 4)) | 1, range=(low - pad, high + pad), color=_BAR)
     if limit is not None and low - pad < limit < high + pad:
         axes.axvline(limit, color=PHASE_COLOURS[NONE], lw=1, ls="--")
     missing = f", {len(values) - len(known)} {NOT_STATED}" if len(known) < len(values) else ""
@@ -129,6 +132,15 @@ def _contrast(axes: Axes, records: dict[str, dict[str, Any]]) -> None:
         return
     axes.axvline(ENHANCED_HU, color=_QUIET, lw=1, ls=":")
     axes.axvline(ANGIOGRAPHIC_HU, color=_QUIET, lw=1, ls="--")
+    for limit, name in ((ENHANCED_HU, "enhanced"), (ANGIOGRAPHIC_HU, "angiographic")):
+        text: dict[str, Any] = {
+            "xytext": (3, -2),
+            "textcoords": "offset points",
+            "va": "top",
+            "fontsize": 8,
+            "color": _QUIET,
+        }
+        axes.annotate(f"{name} from {limit:g}", (limit, 1), xycoords=("data", "axes fraction"), **text)
     for phase, colour in PHASE_COLOURS.items():
         places = [place for place, (_, row) in enumerate(measured) if row["contrast_phase"] == phase]
         if places:

@@ -15,8 +15,8 @@ import json
 import sys
 from pathlib import Path
 
-from errors import ConfigurationError, InputError, run_command
-from preprocess.batch import Job, add_batch_arguments, run_batch, summarise
+from errors import run_command
+from preprocess.batch import Job, add_batch_arguments, run_as_asked, summarise
 
 REPORT_NAME = "analyze_dataset.json"
 JSON_NAME, PAGE_NAME = "dataset_analysis.json", "dataset_analysis.html"
@@ -29,19 +29,14 @@ def jobs_below(root: Path) -> list[Job]:
         ConfigurationError: no such folder.
         InputError: it holds no volume.
     """
-    from dataset.pairs_case import find_volumes, sidecar_path
+    from dataset.pairs_case import sidecar_path
+    from dataset.verification import find_volumes
 
-    if not root.is_dir():
-        raise ConfigurationError(f"{root}: no such folder: --input wants a folder of .nii, .nii.gz or .b2nd")
     jobs = []
-    for path in find_volumes(root):
+    for path in find_volumes(root, hint="convert DICOM with preprocess/dicom_to_nifti.py first"):
         sidecar = sidecar_path(path)
         arguments = {"volume": str(path), "sidecar": str(sidecar) if sidecar.is_file() else None}
-        jobs.append(Job(path.relative_to(root).as_posix(), arguments))
-    if not jobs:
-        raise InputError(
-            f"{root}: holds no .nii, .nii.gz or .b2nd: convert DICOM with preprocess/dicom_to_nifti.py first"
-        )
+        jobs.append(Job(path.relative_to(root).as_posix() if root.is_dir() else path.name, arguments))
     return jobs
 
 
@@ -59,15 +54,7 @@ def main(arguments: argparse.Namespace) -> int:
     from preprocess.analysis_summary import summarise_records
     from preprocess.analysis_volume import analyse_volume
 
-    result = run_batch(
-        analyse_volume,
-        jobs_below(arguments.input),
-        workers=arguments.workers,
-        scheduler=arguments.scheduler,
-        report=arguments.output / REPORT_NAME,
-        resume=arguments.resume,
-        description="analysing volumes",
-    )
+    result = run_as_asked(analyse_volume, jobs_below(arguments.input), arguments, REPORT_NAME, "analysing volumes")
     summary = summarise_records(result.records, result.failures)
     for name, text in (
         (JSON_NAME, json.dumps(summary, indent=1, ensure_ascii=False)),

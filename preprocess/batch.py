@@ -144,6 +144,25 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
 
 
+def run_as_asked(
+    function: Callable[..., dict[str, Any]],
+    jobs: Sequence[Job],
+    arguments: argparse.Namespace,
+    report_name: str,
+    description: str,
+) -> BatchResult:
+    """`run_batch` with the arguments of `add_batch_arguments`; the report goes into --output."""
+    return run_batch(
+        function,
+        jobs,
+        workers=arguments.workers,
+        scheduler=arguments.scheduler,
+        report=arguments.output / report_name,
+        resume=arguments.resume,
+        description=description,
+    )
+
+
 def absolute_path(text: str) -> Path:
     """A path from the command line, absolute, ``~`` expanded, links kept."""
     return Path(text).expanduser().absolute()

@@ -20,18 +20,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dataset.verification import NIFTI_SUFFIXES, STORE_SUFFIX, find_volumes
-from errors import InputError, StorageError, run_command
-from preprocess.batch import Job, add_batch_arguments, run_batch, summarise
+from dataset.atomic import make_folder
+from dataset.pairs_case import sidecar_path
+from dataset.verification import NIFTI_SUFFIXES, STORE_SUFFIX
+from errors import InputError, run_command
+from preprocess.batch import Job, add_batch_arguments, run_as_asked, summarise
 from preprocess.batch_report import describe_output
+from preprocess.volume_tree import named_volumes
 
 log = logging.getLogger(__name__)
 REPORT_NAME = "build_store.json"
 # Part of every store: raise it when the same file and grid give another store, and `--resume` builds it again.
-BUILDER_VERSION = 1
+BUILDER_VERSION = 2
 _SIDECAR_BYTES = 1 << 20
 _MAX_SIZE = 4096
-NIFTI_SUFFIX = re.compile(r"\.nii(\.gz)?$", re.IGNORECASE)
 
 
 def build_one(
@@ -54,11 +56,10 @@ def build_one(
         InputError: the source or its sidecar is damaged, or another store has this name.
         StorageError: the disk refuses.
     """
+    from dataset.body import body_metadata
     from dataset.geometry import resample_to_size
-    from dataset.patch_sampling import body_metadata
     from dataset.store import open_store, write_store
     from dataset.volume_io import Volume, read_nifti, to_int16_hu
-    from preprocess.build_body import body_statistics
 
     path, target = Path(source), Path(output)
     facts = read_sidecar(Path(sidecar)) if sidecar else {}
@@ -72,10 +73,9 @@ def build_one(
         if grid is not None:
             resampled, affine = resample_to_size(hu, affine, grid)
             hu, _, _ = to_int16_hu(resampled)
-        made = Volume(hu, affine, source=source)
-        _make_folder(target.parent)
-        body = body_metadata(hu) | body_statistics(hu, made.spacing_mm)  # the sampler's coarse map, and figures
-        write_store(target, made, {**wanted, "clipped_voxels": volume.clipped, "body": body})
+        make_folder(target.parent)
+        metadata = {**wanted, "clipped_voxels": volume.clipped, "body": body_metadata(hu, affine)}
+        write_store(target, Volume(hu, affine, source=source), metadata)
     store = open_store(target)
     return {
         "shape_dhw": [int(size) for size in store.hu.shape],
@@ -141,13 +141,6 @@ def _origin(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be created ({error.strerror}): choose another --output") from error
-
-
 def make_jobs(arguments: argparse.Namespace) -> list[Job]:
     """One job for each NIfTI file; stores keep the tree of the input.
 
@@ -155,26 +148,19 @@ def make_jobs(arguments: argparse.Namespace) -> list[Job]:
         ConfigurationError: no such folder.
         InputError: no NIfTI in it, or two that would become one store.
     """
-    root = arguments.input
-    jobs: dict[str, Job] = {}
-    for path in find_volumes(root, NIFTI_SUFFIXES):
-        stem = NIFTI_SUFFIX.sub("", path.name)
-        name = (path.relative_to(root).parent if root.is_dir() else Path()) / stem
-        if name.as_posix() in jobs:
-            raise InputError(f"{path}: another volume of this folder has the same stem: rename one of them")
-        sidecar = path.with_name(f"{stem}.json")
-        jobs[name.as_posix()] = Job(
-            name.as_posix(),
-            {
-                "source": str(path),
-                "sidecar": str(sidecar) if sidecar.is_file() else None,
-                "output": str(arguments.output / f"{name}{STORE_SUFFIX}"),
-                "grid": arguments.grid,
-                "overwrite": arguments.overwrite,
-                "version": BUILDER_VERSION,
-            },
-        )
-    return list(jobs.values())
+    jobs = []
+    for name, path in named_volumes(arguments.input, NIFTI_SUFFIXES).items():
+        sidecar = sidecar_path(path)
+        details = {
+            "source": str(path),
+            "sidecar": str(sidecar) if sidecar.is_file() else None,
+            "output": str(arguments.output / f"{name}{STORE_SUFFIX}"),
+            "grid": arguments.grid,
+            "overwrite": arguments.overwrite,
+            "version": BUILDER_VERSION,
+        }
+        jobs.append(Job(name, details))
+    return jobs
 
 
 def parse_grid(text: str) -> list[int] | None:
@@ -207,15 +193,7 @@ def main(arguments: argparse.Namespace) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.DEBUG if arguments.debug else None)
     jobs = make_jobs(arguments)
     begin = time.monotonic()
-    result = run_batch(
-        build_one,
-        jobs,
-        workers=arguments.workers,
-        scheduler=arguments.scheduler,
-        report=arguments.output / REPORT_NAME,
-        resume=arguments.resume,
-        description=f"building stores ({grid_name(arguments.grid)})",
-    )
+    result = run_as_asked(build_one, jobs, arguments, REPORT_NAME, f"building stores ({grid_name(arguments.grid)})")
     seconds = time.monotonic() - begin
     slices = sum(record["shape_dhw"][0] for record in result.records.values())
     raw = sum(2 * math.prod(record["shape_dhw"]) for record in result.records.values())

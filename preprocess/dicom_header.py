@@ -14,17 +14,16 @@ import os
 import stat
 import struct
 import warnings
-import zlib
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import pydicom
 from pydicom import config
 from pydicom.dataset import Dataset
-from pydicom.filereader import read_dataset, read_file_meta_info
 
 from errors import InputError, one_line
 from preprocess import dicom_elements as element
+from preprocess.dicom_deflated import read_deflated
 from preprocess.dicom_identity import safe_label
 
 # pydicom's warnings and logs quote the offending value, which may be a name or a UID
@@ -32,8 +31,6 @@ config.settings.reading_validation_mode = config.IGNORE
 logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 
 MAX_FRAME_PIXELS, MAX_FRAMES, MAX_VOXELS = 2**24, 2**13, 2**30
-# A deflated file may inflate to 8 MiB, or to 64 times its size: air shrinks 1000-fold, a chest 2-fold.
-_SMALL_INFLATED, _MAX_INFLATED, _MAX_INFLATION = 2**23, 2**28, 64
 _HEAD_BYTES = 1024
 _PIXEL_DATA = (0x7FE0, 0x0010)
 _UNDEFINED = 0xFFFFFFFF
@@ -142,7 +139,7 @@ def read_header(path: str | os.PathLike[str]) -> list[Slice]:
             if head[128:132] != b"DICM":
                 raise NotDicomError
             if DEFLATED.encode() in head:
-                syntax, stream, dataset = _read_deflated(path)
+                syntax, stream, dataset = read_deflated(path)
                 return _slices(dataset, path, syntax, stream)
             raw.seek(0)
             dataset = pydicom.dcmread(raw, stop_before_pixels=True)
@@ -160,37 +157,6 @@ def read_header(path: str | os.PathLike[str]) -> list[Slice]:
         # pydicom answers damage with a dozen exception types (struct.error, KeyError, RecursionError, …)
         reason = f"damaged DICOM header ({type(error).__name__}): copy it again"
         raise InputError(f"{safe_label(path)}: {reason}") from error
-
-
-def inflated(path: str) -> bytes:
-    """The main data set of a deflated file, inflated within bounds.
-
-    Raises:
-        InputError: it grows beyond what an image of that size does, is truncated or damaged.
-    """
-    meta = read_file_meta_info(path)
-    start = 132 + 12 + element.integer(meta, element.META_LENGTH, required=True)
-    with open(path, "rb") as raw:
-        stored_bytes = raw.seek(0, io.SEEK_END)
-        raw.seek(start)
-        limit = min(_MAX_INFLATED, max(_SMALL_INFLATED, _MAX_INFLATION * stored_bytes))
-        engine = zlib.decompressobj(-zlib.MAX_WBITS)
-        try:
-            data = engine.decompress(raw.read(), limit)
-        except zlib.error as error:
-            raise InputError("damaged deflated data: copy it again") from error
-    if len(data) >= limit:
-        raise InputError(f"{stored_bytes} bytes inflate to over {limit >> 20} MiB, like a deflate bomb: not read")
-    if not engine.eof:
-        raise InputError("truncated, the deflated data ends too early: copy it again")
-    return data
-
-
-def _read_deflated(path: str) -> tuple[str, BinaryIO, Dataset]:
-    stream = io.BytesIO(inflated(path))
-    syntax = element.text(read_file_meta_info(path), element.TRANSFER_SYNTAX)
-    dataset = read_dataset(stream, False, True, stop_when=lambda tag, vr, length: tag >> 16 == _PIXEL_DATA[0])
-    return syntax, stream, dataset
 
 
 def _slices(dataset: Dataset, path: str, syntax: str, stream: BinaryIO) -> list[Slice]:

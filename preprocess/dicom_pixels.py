@@ -21,8 +21,9 @@ from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID
 
 from errors import InputError, one_line
+from preprocess.dicom_deflated import inflated
 from preprocess.dicom_elements import token
-from preprocess.dicom_header import BIG_ENDIAN, DEFLATED, NATIVE, Pixels, Slice, inflated
+from preprocess.dicom_header import BIG_ENDIAN, DEFLATED, NATIVE, Pixels, Slice
 
 # What is no image becomes this; so does anything below, because HU has no lower value on a 12-bit scanner.
 HU_FLOOR = -1024

@@ -20,7 +20,7 @@ from pathlib import Path
 from dataset.atomic import atomic_write
 from dataset.pairs_keys import pseudonym
 from errors import ConfigurationError, ExitCode, InputError, run_command
-from preprocess.batch import Job, absolute_path, add_batch_arguments, run_batch, summarise
+from preprocess.batch import Job, absolute_path, add_batch_arguments, run_as_asked, summarise
 from preprocess.dicom_identity import load_key
 from preprocess.dicom_index import Index, index_tree
 from preprocess.dicom_rules import CONTRAST_CHOICES, load_rules
@@ -87,15 +87,7 @@ def main(arguments: argparse.Namespace) -> int:
     ]
     if table is not None:
         write_source_table(table, jobs)
-    result = run_batch(
-        convert_study,
-        jobs,
-        workers=arguments.workers,
-        scheduler=arguments.scheduler,
-        report=output / REPORT_NAME,
-        resume=arguments.resume,
-        description="DICOM to NIfTI",
-    )
+    result = run_as_asked(convert_study, jobs, arguments, REPORT_NAME, "DICOM to NIfTI")
     written = sum(len(record["chosen"]) for record in result.records.values())
     left_out = sum(len(record["rejected"]) for record in result.records.values())
     print_ignored(index)

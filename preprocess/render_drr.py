@@ -16,8 +16,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import InputError, StorageError, run_command
-from preprocess.batch import Job, add_batch_arguments, run_batch, summarise
+from dataset.atomic import make_folder
+from errors import InputError, run_command
+from preprocess.batch import Job, add_batch_arguments, run_as_asked, summarise
+from preprocess.volume_tree import named_volumes
 
 if TYPE_CHECKING:
     from dataset.projection import View
@@ -33,7 +35,7 @@ def render_one(source: str, output: str, views: list[View], stand: dict[str, Any
         source: NIfTI file or store.
         output: path of the pictures without ``_frontal.png``.
         views: which.
-        stand: keywords of `preprocess.drr_render.Stand`.
+        stand: keywords of `dataset.drr_render.Stand`.
 
     Returns:
         A record for the batch: size, magnification and range of each picture.
@@ -42,13 +44,10 @@ def render_one(source: str, output: str, views: list[View], stand: dict[str, Any
         InputError: the volume is damaged or shows nothing that can be projected.
         StorageError: the disk refuses.
     """
-    import numpy as np
-
+    from dataset.body import isolate_body
+    from dataset.drr import write_picture
+    from dataset.drr_render import Stand
     from dataset.pairs_case import load_volume
-    from dataset.xray_drr import write_drr
-    from params import MU_WATER_PER_MM
-    from preprocess.drr_body import isolate_body
-    from preprocess.drr_render import Stand, fit_geometry, render
 
     path = Path(source)
     volume = load_volume(path)
@@ -57,27 +56,10 @@ def render_one(source: str, output: str, views: list[View], stand: dict[str, Any
     try:
         body = isolate_body(volume.hu, volume.affine)
         for view in views:
-            geometry, isocentre = fit_geometry(body, volume.affine, Stand(**stand), view)
-            line_integrals = render(body, volume.affine, geometry)
-            details = {
-                "source": path.name,
-                "isocentre_mm": isocentre.tolist(),
-                "magnification_at_isocentre": geometry.magnification(isocentre),
-                "pixel_spacing_mm": list(geometry.pixel_spacing_mm),
-                "mu_water_per_mm": MU_WATER_PER_MM,
-                "body_box_vox": [list(corner) for corner in body.bounding_box_vox],
-                "voxels_set_to_air": body.removed_voxels,
-            }
             picture = Path(f"{output}_{view}.png")
-            _make_folder(picture.parent)
-            clipped = write_drr(picture, line_integrals, geometry, volume.affine, volume.hu.shape, details)
+            make_folder(picture.parent)
+            pictures[view] = write_picture(picture, body, volume.affine, Stand(**stand), view, path.name)
             outputs += [str(picture), str(picture.with_suffix(".json"))]
-            pictures[view] = {
-                "shape": list(geometry.shape),
-                "magnification": round(geometry.magnification(isocentre), 4),
-                "greatest_line_integral": round(float(np.max(line_integrals)), 3),
-                "clipped_pixels": clipped,
-            }
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     return {"pictures": pictures, "voxels_set_to_air": body.removed_voxels, "outputs": outputs}
@@ -85,8 +67,7 @@ def render_one(source: str, output: str, views: list[View], stand: dict[str, Any
 
 def main(arguments: argparse.Namespace) -> int:
     """Render every volume below --input."""
-    from dataset.pairs_case import find_volumes, volume_stem
-    from preprocess.drr_render import Stand
+    from dataset.drr_render import Stand
 
     stand: dict[str, Any] = {
         "columns": arguments.size,
@@ -95,14 +76,8 @@ def main(arguments: argparse.Namespace) -> int:
         "gap_mm": arguments.gap_mm,
     }
     Stand(**stand)  # a bad number ends here, before the first patient
-    if not arguments.input.is_dir():
-        raise InputError(f"{arguments.input}: not a folder: give the folder of NIfTI files or stores")
-    volumes = find_volumes(arguments.input)
-    if not volumes:
-        raise InputError(f"{arguments.input}: no .nii, .nii.gz or .b2nd in it: give the folder of the volumes")
     jobs = []
-    for path in volumes:
-        name = path.relative_to(arguments.input).with_name(volume_stem(path)).as_posix()
+    for name, path in named_volumes(arguments.input).items():
         details = {
             "source": str(path),
             "output": str(arguments.output / name),
@@ -110,15 +85,7 @@ def main(arguments: argparse.Namespace) -> int:
             "stand": stand,
         }
         jobs.append(Job(name, details))
-    result = run_batch(
-        render_one,
-        jobs,
-        workers=arguments.workers,
-        scheduler=arguments.scheduler,
-        report=arguments.output / REPORT_NAME,
-        resume=arguments.resume,
-        description="rendering radiographs",
-    )
+    result = run_as_asked(render_one, jobs, arguments, REPORT_NAME, "rendering radiographs")
     return summarise(result, "volumes rendered")
 
 
@@ -132,13 +99,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--source-detector-mm", type=float, default=1800.0, help="default: 1800, a wall stand")
     parser.add_argument("--gap-mm", type=float, default=50.0, help="between body and detector (default: 50)")
     return parser.parse_args(argv)
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be created ({error.strerror}): choose another --output") from error
 
 
 if __name__ == "__main__":

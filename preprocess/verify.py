@@ -17,9 +17,9 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from dataset.atomic import atomic_write
+from dataset.atomic import atomic_write, make_folder
 from dataset.verification import BadFile, find_volumes, kind_of, verify_files
-from errors import ConfigurationError, ExitCode, StorageError, run_command
+from errors import ConfigurationError, ExitCode, run_command
 from preprocess.batch import absolute_path
 
 CACHE_NAME = "verified.json"
@@ -41,10 +41,7 @@ def write_table(folder: Path, bad: list[BadFile]) -> Path:
     writer.writerow(("path", "kind", "reason"))
     writer.writerows((entry.path, entry.kind, entry.reason) for entry in bad)
     path = folder / "bad_files.csv"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be created ({error.strerror}): choose another --output") from error
+    make_folder(folder)
     with atomic_write(path) as handle:
         handle.write(text.getvalue().encode())
     return path

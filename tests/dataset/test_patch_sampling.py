@@ -7,55 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset.patch_sampling import body_metadata, random_start, read_body
+from dataset.body import body_metadata
+from dataset.patch_sampling import random_start, read_body
 from dataset.phantom import make_phantom
-from dataset.volume_io import read_nifti
 from errors import InputError
-from tests.helpers import REAL_DATA
-
-
-def ellipse(shape: tuple[int, int, int] = (60, 80, 100)) -> tuple[np.ndarray, np.ndarray]:
-    """A body with two lungs, and a table below it that does not touch; HU and the true body."""
-    d, h, w = np.ogrid[: shape[0], : shape[1], : shape[2]]
-    body = ((h - 35) / 25) ** 2 + ((w - 50) / 35) ** 2 + 0 * d < 1
-    lungs = sum(((h - 35) / 14) ** 2 + ((w - x) / 10) ** 2 + 0 * d < 1 for x in (35, 65)) > 0
-    hu = np.where(body, 40, -1000).astype(np.int16)
-    hu[lungs] = -850
-    hu[:, 72:74, 20:80] = 0
-    return hu, body
-
-
-def test_the_map_is_the_body_with_its_lungs_and_without_the_table() -> None:
-    hu, body = ellipse()
-    entry = body_metadata(hu)
-    found = read_body({"body": entry}, hu.shape)
-    assert found is not None
-    mask = np.zeros(entry["map"]["cells"], bool)
-    mask[tuple(found.cells.T)] = True
-    mask = np.kron(mask, np.ones(found.cell_vox, bool))[tuple(slice(n) for n in hu.shape)]
-    assert (mask & body).sum() / (mask | body).sum() > 0.9
-    assert not mask[:, 70:].any()
-    assert mask[30, 35, 35]
-    assert mask[30, 35, 65]
-    (d0, h0, w0), (d1, h1, w1) = entry["bounding_box_vox"]
-    assert (d0, d1) == (0, 60)
-    assert abs(h0 - 10) <= 3
-    assert abs(h1 - 60) <= 3
-    assert abs(w0 - 15) <= 3
-    assert abs(w1 - 85) <= 3
-
-
-def test_air_alone_is_body_everywhere() -> None:
-    hu = np.full((5, 6, 7), -1000, np.int16)
-    body = read_body({"body": body_metadata(hu)}, hu.shape)
-    assert body is not None
-    assert len(body.cells) == 5 * 6 * 7
+from tests.dataset.test_body import AFFINE, ellipse
 
 
 @pytest.mark.parametrize("bias", [0.0, 0.5, 1.0])
 def test_the_share_of_centres_in_the_body(bias: float) -> None:
     hu, mask = ellipse()
-    body = read_body({"body": body_metadata(hu)}, hu.shape)
+    body = read_body({"body": body_metadata(hu, AFFINE)}, hu.shape)
     patch = (2, 2, 2)  # so small that no centre is moved back inside
     hits = []
     for index in range(1500):
@@ -67,7 +29,7 @@ def test_the_share_of_centres_in_the_body(bias: float) -> None:
 
 def test_without_bias_the_body_changes_nothing() -> None:
     hu, _ = ellipse()
-    body = read_body({"body": body_metadata(hu)}, hu.shape)
+    body = read_body({"body": body_metadata(hu, AFFINE)}, hu.shape)
     for index in range(20):
         a = random_start(hu.shape, (8, 8, 8), np.random.default_rng(index), body, 0.0)
         assert a == random_start(hu.shape, (8, 8, 8), np.random.default_rng(index))
@@ -82,7 +44,7 @@ def test_patches_lie_inside_or_are_centred(
     shape: tuple[int, int, int], patch: tuple[int, int, int], seed: int, bias: float, box: bool
 ) -> None:
     hu = np.full(shape, 40, np.int16)
-    entry = body_metadata(hu)
+    entry = body_metadata(hu, AFFINE)
     if box:
         del entry["map"]
     body = read_body({"body": entry}, shape)
@@ -122,24 +84,9 @@ def test_a_body_that_does_not_fit_is_refused(entry: object) -> None:
 
 def test_centres_on_a_phantom_are_under_the_skin() -> None:
     phantom = make_phantom(0, (32, 64, 64))
-    body = read_body({"body": body_metadata(phantom.hu)}, phantom.hu.shape)
+    body = read_body({"body": body_metadata(phantom.hu, phantom.affine)}, phantom.hu.shape)
     assert body is not None
     rng = np.random.default_rng(0)
     inside = np.mean([phantom.body_mask[body.draw(rng)] for _ in range(500)])
     assert inside > 0.95
     assert inside > phantom.body_mask.mean() + 0.2
-
-
-@pytest.mark.parametrize("name", ["ct_native/lidc_0001", "ct_2mm/cmbcrc_MSB-01068"])
-def test_the_table_of_a_real_ct_is_not_body(name: str) -> None:
-    path = REAL_DATA / f"{name}.nii.gz"
-    if not path.exists():
-        pytest.skip("shared/data is not here")
-    hu = read_nifti(path).hu
-    entry = body_metadata(hu)
-    assert 0.3 < entry["fraction"] < 0.7
-    body = read_body({"body": entry}, hu.shape)
-    assert body is not None
-    rng = np.random.default_rng(0)
-    values = np.array([hu[body.draw(rng)] for _ in range(500)])
-    assert (values > -950).mean() > 0.9  # uniform places are air for the most part

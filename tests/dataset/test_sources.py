@@ -169,7 +169,7 @@ def test_a_store_is_read_where_it_lies(tmp_path, cache):
 def test_the_body_is_found_once_where_the_writer_left_it_out(tmp_path, cache, monkeypatch):
     source = StoreSource(stored(tmp_path / "a.b2nd"))
     first = prepare(source, None, cache).body
-    monkeypatch.setattr("dataset.prepared.body_metadata", lambda hu: pytest.fail("computed again"))
+    monkeypatch.setattr("dataset.prepared.body_metadata", lambda *volume: pytest.fail("computed again"))
     assert np.array_equal(prepare(source, None, cache).body.cells, first.cells)
     box = {"body": {"bounding_box_vox": [[1, 1, 1], [3, 4, 5]]}}
     ours = prepare(StoreSource(stored(tmp_path / "b.b2nd", box)), None, cache).body
@@ -268,3 +268,19 @@ def test_a_case_on_a_store_is_read_where_it_lies(tmp_path, cache):
     prepared = prepare(CTCase("case", "p", tmp_path / "s.b2nd"), None, cache)
     assert (prepared.name, prepared.path) == ("case", tmp_path / "s.b2nd")
     assert not list(cache.glob("*.b2nd"))
+
+
+def test_damaged_stores_of_the_user_are_found_before_training(tmp_path, cache):
+    (tmp_path / "stores").mkdir()
+    for name in ("a", "b"):
+        stored(tmp_path / "stores" / f"{name}.b2nd", {})
+    content = bytearray((tmp_path / "stores" / "b.b2nd").read_bytes())
+    content[len(content) // 3] ^= 4  # within the voxels, which opening does not read
+    (tmp_path / "stores" / "b.b2nd").write_bytes(content)
+    sources = find_stores(str(tmp_path / "stores"))
+    for _ in range(2):
+        prepared, failed = prepare_all(sources, None, cache, "volumes")
+        assert [volume.name for volume in prepared] == ["a"]
+        assert list(failed) == ["b"]
+        assert "not those that were written" in failed["b"]
+    assert (tmp_path / "stores" / "b.b2nd").exists(), "the user's files are never removed"

@@ -53,6 +53,28 @@ def test_orientations_give_the_same_volume(codes, path):
     np.testing.assert_allclose(again.affine, image.as_reoriented(ornt).affine, rtol=0, atol=1e-4)
 
 
+def test_t28_we_simpleitk_and_nibabel_agree_on_all_48_orientations(tmp_path):
+    """Three readers of one volume, stored in every way: the same voxels at the same places of the world."""
+    import SimpleITK
+
+    image, path = nib.Nifti1Image(small_hu(), AFFINE), tmp_path / "ct.nii"
+    for codes in ALL_CODES:
+        ornt = nib.orientations.ornt_transform(nib.io_orientation(AFFINE), nib.orientations.axcodes2ornt(codes))
+        nib.save(image.as_reoriented(ornt), path)
+        ours = read_nifti(path)
+        itk = SimpleITK.DICOMOrient(SimpleITK.ReadImage(str(path)), "LPS")
+        np.testing.assert_array_equal(ours.hu, SimpleITK.GetArrayFromImage(itk))  # (z, y, x) of LPS
+        loaded = nib.load(path)
+        to_lps = nib.orientations.ornt_transform(
+            nib.io_orientation(loaded.affine), nib.orientations.axcodes2ornt(("L", "P", "S"))
+        )
+        np.testing.assert_array_equal(ours.hu, np.asanyarray(loaded.as_reoriented(to_lps).dataobj).T)
+        for index in np.ndindex(2, 2, 2):
+            d, h, w = (int(i * (n - 1)) for i, n in zip(index, ours.hu.shape, strict=True))
+            x, y, z = itk.TransformIndexToPhysicalPoint((w, h, d))  # LPS+
+            np.testing.assert_allclose((ours.affine @ (d, h, w, 1))[:3], (-x, -y, z), atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", ["<i2", ">i2", "u1", "i1", "<u2", ">i4", "<f4", ">f8"])
 @pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
 def test_types_byte_orders_and_versions(path, dtype, kind):

@@ -1,0 +1,66 @@
+"""The volumes that a configuration's ``dataset.*`` names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from dataset.from_config import volume_sources
+from dataset.phantom import sample_patient
+from dataset.sources import PhantomSource, prepare
+from errors import ConfigurationError
+from tests.helpers import ROOT
+
+# Every one of 150 phantoms lies inside this field (429×429×330 mm): lungs off its ends, skin inside its sides.
+GRID, SPACING = [32, 64, 64], [10.3, 6.7, 6.7]
+
+
+def configured(**changes: Any) -> DictConfig:
+    """The phantom group with changes."""
+    merged = OmegaConf.merge(OmegaConf.load(ROOT / "config/dataset/phantom.yaml"), changes)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def test_one_grid_in_mm_shows_who_is_large(tmp_path: Path) -> None:
+    width = {}
+    for seed in (390, 282):  # the largest and the smallest of the first 400
+        grid = {"size": [16, 32, 32], "spacing_mm": [21, 14, 14]}
+        (source,) = volume_sources(configured(first_seed=seed, n_patients=1, **grid))
+        volume = prepare(source, (16, 32, 32), tmp_path)
+        assert np.linalg.norm(volume.affine[:3, :3], axis=0) == pytest.approx(grid["spacing_mm"])
+        body = np.asarray(volume.open())[8] > -500
+        assert not body[:, [0, -1]].any()
+        assert not body[[0, -1]].any()
+        width[seed] = 14 * np.count_nonzero(body.any(axis=0))
+        patient = sample_patient(seed)
+        assert width[seed] == pytest.approx(
+            320 * patient.scale_lateral + 2 * (patient.muscle_mm + patient.fat_mm), abs=30
+        )
+    assert width[390] > width[282] + 80
+
+
+def test_without_a_spacing_every_thorax_fills_its_volume() -> None:
+    fitted = volume_sources(configured(size=GRID, n_patients=2))
+    fixed = volume_sources(configured(size=GRID, n_patients=2, spacing_mm=SPACING))
+    assert fitted[0] == PhantomSource(0, (32, 64, 64))
+    assert len({source.identity for source in (*fitted, *fixed)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"spacing_mm": [10, 6]}, "no .d, h, w. in mm"),
+        ({"spacing_mm": SPACING, "name": "nifti"}, "of phantoms, dataset=nifti"),
+        ({"spacing_mm": SPACING, "root_dir": "somewhere"}, "of phantoms"),
+        ({"spacing_mm": SPACING, "name": "lidc"}, "of phantoms, dataset=lidc"),
+        ({"spacing_mm": ["a", 1, 1]}, "no .d, h, w. in mm"),
+    ],
+)
+def test_a_spacing_that_cannot_be_carried_out(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        volume_sources(configured(**changes))
