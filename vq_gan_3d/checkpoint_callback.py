@@ -13,6 +13,7 @@ from pytorch_lightning.callbacks import Checkpoint
 from vq_gan_3d.callbacks import GracefulStop
 from vq_gan_3d.checkpointing import copy_checkpoint, load_checkpoint, save_checkpoint
 from vq_gan_3d.optimization import steps_of
+from vq_gan_3d.stage import Monitor
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class CheckpointKeeper(Checkpoint):
         keep_step_checkpoints: how many of the latter are kept.
         accumulate: batches per optimizer step.
         graceful_stop: told to stop, the run saves here and ends.
-        monitor: validation metric, larger is better, that decides ``best.ckpt``.
+        monitor: the validation metric that decides ``best.ckpt``.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class CheckpointKeeper(Checkpoint):
         keep_step_checkpoints: int,
         accumulate: int,
         graceful_stop: GracefulStop,
-        monitor: str = "val/psnr_db",
+        monitor: Monitor,
     ) -> None:
         self.folder = folder
         self.every_n_epochs = every_n_epochs
@@ -66,7 +67,7 @@ class CheckpointKeeper(Checkpoint):
         self.accumulate = accumulate
         self.graceful_stop = graceful_stop
         self.monitor = monitor
-        self.best = float("-inf")
+        self.best = monitor.worst()
         self._due = False
         self._step_files: list[str] = []
 
@@ -138,11 +139,11 @@ class CheckpointKeeper(Checkpoint):
             return
         if self.graceful_stop.requested(pl_module.device):
             raise self.graceful_stop.error(str(self._save_numbered(trainer, steps_of(pl_module), keep=False)))
-        score = trainer.callback_metrics.get(self.monitor)
-        if score is not None and float(score) > self.best:
+        score = trainer.callback_metrics.get(self.monitor.name)
+        if score is not None and self.monitor.beats(float(score), self.best):
             self.best = float(score)
             trainer.save_checkpoint(self.folder / "best.ckpt")
-            log.info("saved %s (%s %.3f)", self.folder / "best.ckpt", self.monitor, self.best)
+            log.info("saved %s (%s %.3f)", self.folder / "best.ckpt", self.monitor.name, self.best)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the end, raw and averaged weights alike, so that a longer run can go on from here."""

@@ -38,10 +38,15 @@ class Hardware:
         """Number of processes."""
         return (self.devices if isinstance(self.devices, int) else len(self.devices)) * self.num_nodes
 
-    def trainer_arguments(self) -> dict[str, Any]:
-        """Arguments for Lightning's Trainer."""
-        # generator and discriminators are trained in turn, so in each backward pass some parameters are unused
-        strategy = "ddp_find_unused_parameters_true" if self.world_size > 1 else "auto"
+    def trainer_arguments(self, *, unused_parameters: bool = False) -> dict[str, Any]:
+        """Arguments for Lightning's Trainer.
+
+        Args:
+            unused_parameters: some parameters have no part in some backward passes.
+        """
+        strategy = "auto"
+        if self.world_size > 1:
+            strategy = "ddp_find_unused_parameters_true" if unused_parameters else "ddp"
         return {
             "accelerator": self.accelerator,
             "devices": self.devices,

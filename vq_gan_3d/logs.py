@@ -6,19 +6,17 @@ import csv
 import io
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from dataset.atomic import atomic_write
-from dataset.geometry import spacing_mm
-from evaluation.panels import panel_image, save_panel
-from params import MEDIASTINUM_WINDOW
+from evaluation.panels import save_panel
 from vq_gan_3d.callbacks import GracefulStop
 from vq_gan_3d.optimization import steps_of
-from vq_gan_3d.vqgan import VQGAN
+from vq_gan_3d.stage import TrainedModule
 
 
 def log_to_file(path: Path) -> None:
@@ -127,18 +125,23 @@ def _rewrite(path: Path, columns: list[str], rows: list[dict[str, str]]) -> None
 
 
 class PanelLog(Callback):
-    """Panels (original, reconstruction, error; three planes) of the first held-out volumes, and code use.
+    """Panels of the first held-out volumes, and distributions over all: whatever the module offers to draw.
 
     They go to TensorBoard and, as PNG, to a folder.
 
     Args:
         folder: for the PNG files.
-        volumes: how many held-out volumes are shown.
+        volumes: how many held-out volumes are shown, each by its first batch.
     """
 
     def __init__(self, folder: Path, volumes: int) -> None:
         self.folder = folder
         self.volumes = volumes
+        self._shown: set[str] = set()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nothing of this validation is drawn yet."""
+        self._shown = set()
 
     def on_validation_batch_end(
         self,
@@ -150,24 +153,22 @@ class PanelLog(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Draw one volume."""
-        assert isinstance(pl_module, VQGAN)
-        if not trainer.is_global_zero or batch_idx >= self.volumes:
+        name = batch["name"][0]
+        if not trainer.is_global_zero or name in self._shown or len(self._shown) >= self.volumes:
             return
-        original = pl_module.window.to_hu(pl_module.window.to_unit(batch["hu"][0, 0])).cpu().numpy()
-        reconstruction = pl_module.window.to_hu(outputs[0, 0]).cpu().numpy()
-        image = panel_image(
-            original, reconstruction, spacing_mm(batch["affine"][0].cpu().numpy()), window=MEDIASTINUM_WINDOW
-        )
+        image = cast(TrainedModule, pl_module).panel(batch, outputs)
+        if image is None:
+            return
+        self._shown.add(name)
         steps = steps_of(pl_module)
-        save_panel(image, self.folder / f"step_{steps:04d}_{batch['name'][0]}.png")
+        save_panel(image, self.folder / f"step_{steps:04d}_{name}.png")
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(f"val/{batch['name'][0]}", image, steps, dataformats="HWC")
+                logger.experiment.add_image(f"val/{name}", image, steps, dataformats="HWC")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Histogram of code use over the whole validation set."""
-        assert isinstance(pl_module, VQGAN)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero and pl_module.usage.counts.any():
-                share = pl_module.usage.counts.double() / pl_module.usage.counts.sum()
-                logger.experiment.add_histogram("val/code_share", share, steps_of(pl_module))
+        """Histograms over the whole validation set."""
+        for name, values in cast(TrainedModule, pl_module).histograms().items():
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                    logger.experiment.add_histogram(name, values, steps_of(pl_module))

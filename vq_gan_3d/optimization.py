@@ -4,19 +4,48 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from errors import DivergedError
-
-if TYPE_CHECKING:
-    from vq_gan_3d.vqgan import OptimizerConfig
+from errors import ConfigurationError, DivergedError
 
 log = logging.getLogger(__name__)
 COSINE_FLOOR = 0.05
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How it is minimised.
+
+    Attributes:
+        learning_rate: of every AdamW optimizer; never rescaled by batch size or number of GPUs.
+        betas: of AdamW.
+        weight_decay: of AdamW.
+        warmup_steps: batches of linear warm-up.
+        lr_schedule: ``constant`` or ``cosine`` (to 5 % at the last batch).
+        accumulate_grad_batches: batches per optimizer step.
+        gradient_clip_val: limit of the gradient norm of each optimizer's parameters.
+        max_bad_steps: consecutive steps with non-finite gradients before training is called diverged.
+        seed: of all randomness inside steps.
+    """
+
+    learning_rate: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 1e-4
+    warmup_steps: int = 100
+    lr_schedule: str = "constant"
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float = 1.0
+    max_bad_steps: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.lr_schedule not in ("constant", "cosine"):
+            raise ConfigurationError(f"training.lr_schedule={self.lr_schedule!r}: use constant or cosine")
 
 
 def learning_rate_factor(step: int, config: OptimizerConfig, total_steps: int) -> float:

@@ -30,5 +30,8 @@ def load_codec(path: str | Path, device: str | torch.device = "cpu", *, ema: boo
     if checkpoint.get("kind") != "vq_gan_3d":
         raise InputError(f"{path}: no checkpoint of a 3D VQ-GAN")
     codec = VQCodec(CodecConfig.from_dict(checkpoint["codec"]))
-    codec.load_state_dict(codec_weights(checkpoint, ema=ema))
+    try:
+        codec.load_state_dict(codec_weights(checkpoint, ema=ema))
+    except RuntimeError as error:
+        raise InputError(f"{path}: its weights do not fit the codec that it describes: train it again") from error
     return codec.requires_grad_(False).eval().to(device), HUWindow(**checkpoint["hu_window"])

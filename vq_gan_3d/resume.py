@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ class ResumeContract(Callback):
         config: of this run.
         manifest: hash of the cohort.
         world_size: number of processes; the global batch counts, not how it is spread.
+        own: further settings, of this stage alone.
     """
 
-    def __init__(self, config: DictConfig, manifest: str, world_size: int) -> None:
+    def __init__(self, config: DictConfig, manifest: str, world_size: int, own: dict[str, Any]) -> None:
         t, d = config.training, config.dataset
         self.values = {
             "training.seed": t.seed,
@@ -34,12 +36,10 @@ class ResumeContract(Callback):
             "training.accumulate_grad_batches": t.accumulate_grad_batches,
             "dataset (volumes)": manifest,
             "dataset.size": d.size and list(d.size),
-            "dataset.patch_size": d.patch_size and list(d.patch_size),
-            "dataset.patches_per_volume": d.patches_per_volume,
-            "dataset.tissue_bias": d.tissue_bias,
             "dataset.hu_min": d.hu_min,
             "dataset.hu_max": d.hu_max,
-        } | {f"model.{key}": value for key, value in plain_dict(config.model).items()}
+        }
+        self.values |= {f"model.{key}": value for key, value in flat(plain_dict(config.model)).items()} | own
 
     def check(self, checkpoint: dict[str, Any], path: Path) -> None:
         """Refuse a checkpoint of another run.
@@ -63,6 +63,14 @@ class ResumeContract(Callback):
     ) -> None:
         """Store the contract."""
         checkpoint["resume_contract"] = self.values
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key, so that a difference names the one that differs."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return result
 
 
 def find_start(config: DictConfig, checkpoints: Path) -> Path | None:

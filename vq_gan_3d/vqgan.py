@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dataset.geometry import spacing_mm
 from dataset.intensity import HUWindow
 from errors import ConfigurationError
 from evaluation.metrics.codebook import CodeUsage
 from evaluation.metrics.image import volume_metrics
+from evaluation.metrics.streamed import METRICS, MetricSums, grown
+from evaluation.panels import panel_image
+from params import MEDIASTINUM_WINDOW
 from vq_gan_3d.codec import CodecConfig, VQCodec
 from vq_gan_3d.discriminators import PatchDiscriminator, Verdict, plane_slices
 from vq_gan_3d.distributed import all_reduce_sum
 from vq_gan_3d.losses import adaptive_weight, discriminator_loss, feature_matching_loss, generator_loss
 from vq_gan_3d.lpips import LPIPS
-from vq_gan_3d.optimization import GuardedOptimizer, learning_rate_factor
+from vq_gan_3d.optimization import GuardedOptimizer, OptimizerConfig, learning_rate_factor
 
 
 @dataclass(frozen=True)
@@ -61,37 +67,6 @@ class LossConfig:
             raise ConfigurationError(
                 "model.lpips_weight is positive: set model.lpips_weights to a local file of LPIPS weights, or it to 0"
             )
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """How it is minimised.
-
-    Attributes:
-        learning_rate: of both AdamW optimizers; never rescaled by batch size or number of GPUs.
-        betas: of AdamW.
-        weight_decay: of AdamW.
-        warmup_steps: batches of linear warm-up.
-        lr_schedule: ``constant`` or ``cosine`` (to 5 % at the last batch).
-        accumulate_grad_batches: batches per optimizer step.
-        gradient_clip_val: limit of the gradient norm of generator and discriminators, each.
-        max_bad_steps: consecutive steps with non-finite gradients before training is called diverged.
-        seed: of all randomness inside steps.
-    """
-
-    learning_rate: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 1e-4
-    warmup_steps: int = 100
-    lr_schedule: str = "constant"
-    accumulate_grad_batches: int = 1
-    gradient_clip_val: float = 1.0
-    max_bad_steps: int = 10
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.lr_schedule not in ("constant", "cosine"):
-            raise ConfigurationError(f"training.lr_schedule={self.lr_schedule!r}: use constant or cosine")
 
 
 class VQGAN(pl.LightningModule):
@@ -139,6 +114,7 @@ class VQGAN(pl.LightningModule):
         self.usage = CodeUsage(codec.n_codes)
         self._metric_sums: dict[str, float] = {}
         self._metric_count = 0
+        self._tiled: dict[str, MetricSums | None] = {}  # by volume; None: a tile of it could not be read
 
     def parameters_by_part(self) -> dict[str, int]:
         """Number of parameters of each part."""
@@ -238,30 +214,66 @@ class VQGAN(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Start counting anew."""
         self.usage = CodeUsage(self.codec.config.n_codes)
-        self._metric_sums, self._metric_count = {}, 0
+        self._metric_sums, self._metric_count, self._tiled = {}, 0, {}
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Metrics of whole held-out volumes, one at a time; returns the reconstruction (1, 1, D, H, W) in [0, 1]."""
+        """Metrics of held-out volumes, whole or tile by tile; returns the reconstruction (1, 1, D, H, W) in [0, 1]."""
         volume = self.window.to_unit(batch["hu"])  # (1, 1, D, H, W)
         reconstruction = self.codec(volume)
         output = reconstruction.volume.float().clamp(0, 1)
+        if "own" in batch:
+            self._add_tile(batch, output[0, 0], volume[0, 0], reconstruction.indices[0])
+            return output
         self.usage.update(reconstruction.indices)
-        for name, value in volume_metrics(output[0, 0], volume[0, 0], self.window).items():
+        self._add_metrics(volume_metrics(output[0, 0], volume[0, 0], self.window))
+        return output
+
+    def _add_metrics(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
             self._metric_sums[name] = self._metric_sums.get(name, 0.0) + value
         self._metric_count += 1
-        return output
+
+    def _add_tile(self, batch: dict[str, Any], output: Tensor, volume: Tensor, indices: Tensor) -> None:
+        """Count the voxels and codes that a tile (D, H, W) answers for; its overlaps are its neighbours'."""
+        name, (own, start, shape) = batch["name"][0], (batch[key][0].tolist() for key in ("own", "start", "shape"))
+        if batch["skipped"]:
+            self._tiled[name] = None
+        sums = self._tiled.setdefault(name, MetricSums(shape[0], self.window))
+        if sums is None:
+            return
+        part = tuple(slice(first, last) for first, last in own)
+        sums.update(output[part], volume[part], start[0] + own[0][0])
+        inside = [(0, min(size, length - at)) for size, length, at in zip(volume.shape, shape, start, strict=True)]
+        around = grown(own, inside)
+        sums.update_ssim(output[around], volume[around])
+        steps = zip(own, self.codec.config.total_stride, strict=True)
+        self.usage.update(indices[tuple(slice(first // step, -(-last // step)) for (first, last), step in steps)])
 
     def on_validation_epoch_end(self) -> None:
         """Means over volumes of all ranks, code use over the whole validation set."""
+        for tiled in self._tiled.values():
+            if tiled is not None:
+                self._add_metrics(tiled.result())
         counts = all_reduce_sum(self.usage.counts.to(self.device)).cpu()
-        names = sorted(self._metric_sums)
-        sums = [float(self._metric_count), *(self._metric_sums[name] for name in names)]
+        sums = [float(self._metric_count), *(self._metric_sums.get(name, 0.0) for name in METRICS)]
         total, *values = all_reduce_sum(torch.tensor(sums, device=self.device, dtype=torch.float32)).tolist()
         self.usage.counts = counts
-        metrics = {name: value / total for name, value in zip(names, values, strict=True)} if total else {}
+        metrics = {name: value / total for name, value in zip(METRICS, values, strict=True)} if total else {}
         metrics |= {"code_usage": self.usage.usage(), "code_perplexity": self.usage.perplexity()}
         self.log_dict({f"val/{name}": value for name, value in metrics.items()}, rank_zero_only=False)
         self.log("psnr", metrics.get("psnr_db", 0.0), prog_bar=True, logger=False)
+
+    def panel(self, batch: Mapping[str, Any], output: Tensor) -> np.ndarray:
+        """Original, reconstruction and error of a validation batch, uint8 (height, width, 3)."""
+        original = self.window.to_hu(self.window.to_unit(batch["hu"][0, 0])).cpu().numpy()
+        reconstruction = self.window.to_hu(output[0, 0]).cpu().numpy()
+        spacing = spacing_mm(batch["affine"][0].cpu().numpy())
+        return panel_image(original, reconstruction, spacing, window=MEDIASTINUM_WINDOW)
+
+    def histograms(self) -> dict[str, Tensor]:
+        """Share of each code in the validation set."""
+        total = self.usage.counts.sum()
+        return {"val/code_share": self.usage.counts.double() / total} if total else {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What a reader needs to rebuild the codec, as plain containers."""

@@ -1,0 +1,205 @@
+"""From a composed configuration to a finished run, for every trainer: the one place where a Trainer is built."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Callback, TQDMProgressBar
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from dataset.atomic import atomic_write
+from errors import ConfigurationError, DivergedError, ExitCode, InputError, MemoryExhaustedError, StorageError
+from vq_gan_3d.callbacks import ExponentialMovingAverage, GracefulStop, SkipLedger, StopAfterSteps
+from vq_gan_3d.checkpoint_callback import CheckpointKeeper, VerifiedCheckpointIO
+from vq_gan_3d.checkpointing import is_writable, load_checkpoint, newest_first
+from vq_gan_3d.hardware import Hardware, resolve_hardware, return_memory_early
+from vq_gan_3d.logs import CsvLog, PanelLog, log_to_file
+from vq_gan_3d.optimization import steps_of
+from vq_gan_3d.resume import ResumeContract, find_start
+from vq_gan_3d.stage import Stage, TrainingData
+from vq_gan_3d.workers import blame_worker, stop_workers
+
+log = logging.getLogger(__name__)
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
+
+
+def train_stage(config: DictConfig, stage: Stage) -> int:
+    """Train as configured; returns the exit code.
+
+    Args:
+        config: composed by ``command.run_training``.
+        stage: what is trained.
+
+    Raises:
+        ProjectError: see its subclasses for what can go wrong, each with an exit code of its own.
+    """
+    output = Path(config.output_dir).expanduser()
+    try:
+        return _train(config, stage, output)
+    except OSError as error:  # logs, panels and TensorBoard, which write by themselves
+        path = Path(error.filename) if isinstance(error.filename, str) else output
+        if error.errno in _DISK_ERRORS or (error.filename and path.resolve().is_relative_to(output.resolve())):
+            raise StorageError(
+                f"{path}: not written, {error.strerror}: free space there or choose another output_dir"
+            ) from error
+        raise
+
+
+def _train(config: DictConfig, stage: Stage, output: Path) -> int:
+    checkpoints = output / "checkpoints"
+    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
+    first = rank == 0  # one process of all machines; Lightning starts the others later, torchrun at the same time
+    is_writable(checkpoints)
+    if first:
+        log_to_file(output / "logs" / "training.log")
+    start = find_start(config, checkpoints) if first else _start_of_others(config, checkpoints)
+    if first:
+        os.environ["XRAY2CTPA_RESUME"] = str(start or "")
+    hardware = resolve_hardware(config.hardware)
+    if config.hardware.checkpointing and hardware.accelerator == "cpu":
+        return_memory_early()
+    data = stage.build_data(config)
+    contract = ResumeContract(config, data.manifest, hardware.world_size, stage.contract(config))
+    steps = 0
+    if start is not None:
+        checkpoint = load_checkpoint(start)
+        contract.check(checkpoint, start)
+        steps = int(checkpoint["current_model_state"]["steps"])
+        log.info("resuming from %s at step %d", start, steps)
+    sampler = data.build(rank, hardware.world_size)
+    sampler.resume_at(steps)
+    module: Any = stage.build_module(config, data)
+    module.total_steps = _total_steps(config, sampler.batches)
+    if first:
+        _describe(stage, module, data, hardware)
+        if start is None:  # overwrite=true: now that nothing is left to be refused
+            for path in [*newest_first(checkpoints), *(output / "logs").glob("*.csv")]:
+                path.unlink()
+        with atomic_write(output / "config.yaml") as handle:
+            handle.write(OmegaConf.to_yaml(config, resolve=True).encode())
+    if hardware.compile:
+        for part in stage.to_compile(module):
+            part.compile()
+    ledger = SkipLedger(sum(map(len, data.sources.values())), config.dataset.max_bad_fraction, data.bad)
+    trainer = build_trainer(config, stage, hardware, output, [contract, ledger], module.total_steps)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*dataloader is not resumable.*")
+        warnings.filterwarnings("ignore", ".*does not have many workers.*")
+        warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+        warnings.filterwarnings("ignore", ".*LeafSpec.*")
+        _fit(trainer, stage, module, data, start, ledger)
+    log.info("done: checkpoints in %s, panels in %s", checkpoints, output / "validation_results")
+    return ExitCode.SKIPS if ledger.reasons else ExitCode.OK
+
+
+def _start_of_others(config: DictConfig, checkpoints: Path) -> Path | None:
+    """The checkpoint that the first process found; under torchrun, which hands nothing on, the same search."""
+    if "XRAY2CTPA_RESUME" in os.environ:
+        path = os.environ["XRAY2CTPA_RESUME"]
+        return Path(path) if path else None
+    # nothing is written there before all processes have joined
+    return None if config.ckpt_path is None else find_start(config, checkpoints)
+
+
+def _total_steps(config: DictConfig, batches_per_epoch: int) -> int:
+    t = config.training
+    steps = batches_per_epoch * t.num_epochs
+    if t.max_steps >= 0:
+        if t.max_steps % t.accumulate_grad_batches:
+            raise ConfigurationError(
+                f"training.max_steps={t.max_steps} is no multiple of training.accumulate_grad_batches="
+                f"{t.accumulate_grad_batches}: the last optimizer step would be incomplete"
+            )
+        steps = min(steps, t.max_steps)
+    return steps
+
+
+def build_trainer(
+    config: DictConfig, stage: Stage, hardware: Hardware, output: Path, callbacks: list[Callback], total_steps: int
+) -> pl.Trainer:
+    """The Trainer: our checkpoints, our signals, our logs; Lightning's loops, strategies and precision."""
+    t, c = config.training, config.callbacks
+    stop = GracefulStop()
+    keeper = CheckpointKeeper(
+        output / "checkpoints",
+        t.checkpoint_every_n_epochs,
+        t.checkpoint_every_n_steps,
+        c.keep_step_checkpoints,
+        t.accumulate_grad_batches,
+        stop,
+        stage.monitor,
+    )
+    panels = output / "validation_results"
+    panels.mkdir(parents=True, exist_ok=True)
+    callbacks = [
+        ExponentialMovingAverage(t.ema_decay),
+        *callbacks,
+        StopAfterSteps(total_steps),
+        stop,
+        CsvLog(output / "logs", config.logger.every_n_steps, stop),
+        PanelLog(panels, c.panel_volumes),
+        keeper,
+    ]
+    if c.progress_bar:
+        callbacks.append(TQDMProgressBar(refresh_rate=1))
+    logger = TensorBoardLogger(output, name="tensorboard_logs", version="") if config.logger.tensorboard else False
+    return pl.Trainer(
+        **hardware.trainer_arguments(unused_parameters=stage.unused_parameters),
+        max_epochs=t.num_epochs,
+        callbacks=callbacks,
+        logger=logger,
+        plugins=[VerifiedCheckpointIO()],
+        check_val_every_n_epoch=t.validate_every_n_epochs,
+        log_every_n_steps=config.logger.every_n_steps,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        enable_progress_bar=c.progress_bar,
+        enable_model_summary=False,
+        enable_checkpointing=True,
+        profiler=config.profiler,
+        default_root_dir=output,
+    )
+
+
+def _fit(
+    trainer: pl.Trainer, stage: Stage, module: pl.LightningModule, data: Any, start: Path | None, ledger: SkipLedger
+) -> None:
+    """``trainer.fit`` with the errors of workers and memory told in one line."""
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise MemoryExhaustedError(f"out of memory at step {steps_of(module)}: {stage.memory_hint}") from error
+    except DivergedError as error:
+        last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
+        resume = f"and resume from {last} with ckpt_path=last, it is sound" if last.exists() else "and start again"
+        raise DivergedError(f"{error} {resume}") from error
+    except SystemExit as error:  # Lightning's answer to a Ctrl-C before our own handler stands
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
+    except Exception as error:
+        if "DataLoader" not in str(error):
+            raise
+        stop_workers()
+        raise InputError(blame_worker(data, steps_of(module), ledger.validation_batch, str(error))) from error
+
+
+def _describe(stage: Stage, module: Any, data: TrainingData, hardware: Hardware) -> None:
+    """Say what is about to be trained, on what, with how many parameters in each part."""
+    training, held_out = (
+        sum(source.name not in data.bad for source in data.sources[split]) for split in ("training", "validation")
+    )
+    log.info("volumes: %d for training, %d held out; %d steps", training, held_out, module.total_steps)
+    log.info("hardware: %s", hardware)
+    for part, count in module.parameters_by_part().items():
+        log.info("parameters: %-32s %7.2f M", part, count / 1e6)
+    for line in stage.facts(module, data):
+        log.info("%s", line)
