@@ -1,0 +1,287 @@
+"""What the patch-wise evaluation scripts share: which volumes, which codec, how volumes come back, their metrics."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dataset.atomic import atomic_write
+from dataset.intensity import HUWindow
+from dataset.sources import NiftiSource, StoreSource, VolumeSource, find_nifti, find_stores
+from dataset.store import SUFFIX
+from dataset.tiling import HaloTiling, Tiling, Triple, round_up
+from dataset.volume_io import Volume
+from errors import ConfigurationError, ExitCode, InputError, StorageError, one_line
+from evaluation.metrics.image import ssim_3d
+from evaluation.metrics.streamed import MetricSums
+from patchwise_512x512x604.utils.reconstruction import TILE_DHW, ReconstructionResult, reconstruct_volume
+from vq_gan_3d.codec import VQCodec
+from vq_gan_3d.pretrained import load_codec
+from vq_gan_3d.tiled import tile_budget
+from vq_gan_3d.tiled_batches import TileRunner, default_tile
+
+log = logging.getLogger(__name__)
+_SLICES = 16  # brought to the unit range at a time
+_PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A codec and how it is applied to volumes larger than itself.
+
+    Attributes:
+        codec: frozen, on its device.
+        window: its HU window.
+        mode: ``halo`` or ``blend``, see `reconstruct_volume`.
+        tile_dhw: of its tiles; None: chosen by the mode.
+        precision: of autocast; None: fp32.
+        batch: tiles at a time; None: by the memory that is free.
+    """
+
+    codec: VQCodec
+    window: HUWindow
+    mode: str = "halo"
+    tile_dhw: Triple | None = None
+    precision: torch.dtype | None = None
+    batch: int | None = None
+
+    def reconstruct(self, hu: np.ndarray) -> ReconstructionResult:
+        """Encode, quantise and decode a volume (D, H, W) of any size; what comes back is int16 HU."""
+        return reconstruct_volume(
+            self.codec,
+            hu,
+            self.window,
+            mode=self.mode,  # type: ignore[arg-type]
+            tile_dhw=self.tile_dhw,
+            batch=self.batch,
+            precision=self.precision,
+        )
+
+    def tiling(self, shape: Sequence[int]) -> Tiling | HaloTiling:
+        """Where the decoded tiles of a volume (D, H, W) meet."""
+        config = self.codec.config
+        shape_dhw = (shape[0], shape[1], shape[2])
+        if self.mode == "blend":
+            return Tiling(shape_dhw, self.tile_dhw or TILE_DHW, stride_dhw=config.total_stride)
+        halo = config.receptive_halo_vox()[1]
+        budget = tile_budget(TileRunner(self.codec, 1, self.precision))
+        d, h, w = (round_up(length, step) for length, step in zip(shape_dhw, config.total_stride, strict=True))
+        tile = self.tile_dhw or default_tile(config, halo, (d, h, w), budget, self.precision)
+        return HaloTiling(shape_dhw, tile, halo, config.total_stride)
+
+
+def load_model(arguments: argparse.Namespace) -> Model:
+    """The codec of ``--checkpoint`` on ``--device``, averaged weights; options of whole volumes where there are any.
+
+    Raises:
+        ConfigurationError: no such device, or a size that cannot be. InputError: no checkpoint of the first stage.
+    """
+    codec, window = load_codec(arguments.checkpoint, checked_device(arguments.device))
+    model = Model(codec, window, precision=_PRECISIONS[arguments.precision])
+    if "mode" not in arguments:
+        return model
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise ConfigurationError(f"--batch_size {arguments.batch_size}: give a positive number of tiles")
+    tile = checked_tile(arguments.tile_size, codec)
+    return replace(model, mode=arguments.mode, tile_dhw=tile, batch=arguments.batch_size)
+
+
+def checked_device(name: str) -> str:
+    """A device of this machine.
+
+    Raises:
+        ConfigurationError: there is no such device.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return "cuda" if count else "cpu"
+    number = name.removeprefix("cuda:")
+    if name != "cpu" and not (count and (name == "cuda" or (number.isdigit() and int(number) < count))):
+        raise ConfigurationError(f"--device {name}: this machine has {count} CUDA device(s): use auto or cpu")
+    return name
+
+
+def checked_tile(size: Sequence[int] | None, codec: VQCodec) -> Triple | None:
+    """A tile size [D, H, W], None for None.
+
+    Raises:
+        ConfigurationError: no positive multiples of the codec's total stride.
+    """
+    if size is None:
+        return None
+    stride = codec.config.total_stride
+    if any(length < 1 or length % step for length, step in zip(size, stride, strict=True)):
+        raise ConfigurationError(
+            f"a tile of {list(size)} voxels [D, H, W]: positive multiples of the codec's stride {list(stride)} needed"
+        )
+    return size[0], size[1], size[2]
+
+
+def find_cases(data: Path) -> list[VolumeSource]:
+    """The volumes of a folder of NIfTI files or ``.b2nd`` stores, or one such file.
+
+    Raises:
+        InputError: there are none.
+    """
+    data = data.expanduser()
+    if data.is_file():
+        return [StoreSource(data) if data.name.endswith(SUFFIX) else NiftiSource(data)]
+    if not data.is_dir():
+        raise InputError(f"{data}: no such file or folder: name a folder of .nii.gz files or .b2nd stores")
+    if any(data.rglob(f"*{SUFFIX}")):
+        return list(find_stores(str(data)))
+    return list(find_nifti(str(data)))
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The output_dir of the run that wrote a checkpoint.
+
+    Raises:
+        InputError: its configuration is not beside it.
+    """
+    run = checkpoint.expanduser().resolve().parent.parent
+    if not (run / "config.yaml").is_file():
+        raise InputError(
+            f"{run / 'config.yaml'}: not there, so the held-out cases of {checkpoint.name} are unknown: "
+            "name volumes with --data_dir"
+        )
+    return run
+
+
+def held_out_cases(checkpoint: Path) -> list[VolumeSource]:
+    """The held-out volumes of the run that wrote a checkpoint, on their native grids.
+
+    Raises:
+        InputError: its configuration is not beside it, or its data is gone.
+    """
+    from omegaconf import OmegaConf
+
+    from dataset.from_config import data_module  # imports Lightning, which other data need not wait for
+
+    record = run_of(checkpoint) / "config.yaml"
+    try:
+        data = data_module(OmegaConf.load(record))  # type: ignore[arg-type]
+    except ConfigurationError as error:  # the run's folder has moved: nothing was typed wrongly here
+        raise InputError(f"{record}: {error} (or name volumes with --data_dir)") from error
+    return list(data.sources["validation"])
+
+
+class CaseLoop:
+    """Applies a function to cases; one that cannot be read is told and skipped.
+
+    Attributes:
+        skipped: reasons by name.
+    """
+
+    def __init__(self) -> None:
+        self.skipped: dict[str, str] = {}
+
+    def over(self, cases: Sequence[VolumeSource]) -> Iterator[tuple[VolumeSource, Volume]]:
+        """Cases with their volumes.
+
+        Raises:
+            InputError: none of them could be read.
+        """
+        done = 0
+        for case in cases:
+            try:
+                volume = case.load()
+            except InputError as error:
+                log.warning("skipped %s", error)
+                self.skipped[case.name] = one_line(error)
+                continue
+            done += 1
+            yield case, volume
+        if not done:
+            reason = next(iter(self.skipped.values()), "there are none")
+            raise InputError(f"none of {len(cases)} volumes can be read; the first: {reason}")
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """4 where something was skipped."""
+        return ExitCode.SKIPS if self.skipped else ExitCode.OK
+
+
+def as_shown(hu: np.ndarray, window: HUWindow) -> np.ndarray:
+    """A volume as the codec sees it: metal and the like beyond the window are no error of a reconstruction."""
+    return hu.clip(math.ceil(window.min_hu), math.floor(window.max_hu))
+
+
+def whole_volume_metrics(reconstruction_hu: np.ndarray, original_hu: np.ndarray, window: HUWindow) -> dict[str, float]:
+    """The metrics of `volume_metrics` for int16 volumes of any size: 2 bytes per voxel for each, slabs besides.
+
+    Args:
+        reconstruction_hu: int16 (D, H, W).
+        original_hu: the same shape; clipped to the window, as the codec sees it.
+        window: the HU window.
+    """
+    sums = MetricSums(len(original_hu), window)
+    low, high = math.ceil(window.min_hu), math.floor(window.max_hu)
+    # counted from the window's floor, since SSIM compares brightness
+    shifted = [np.empty(original_hu.shape, np.int16) for _ in range(2)]
+    for first in range(0, len(original_hu), _SLICES):
+        at = slice(first, first + _SLICES)
+        slabs = [np.ascontiguousarray(hu[at]) for hu in (reconstruction_hu, original_hu)]
+        reconstruction, original = (window.to_unit(torch.from_numpy(slab)) for slab in slabs)
+        sums.update(reconstruction, original, first)
+        for target, slab in zip(shifted, slabs, strict=True):
+            np.clip(slab, low, high, out=target[at])
+            target[at] -= low
+    ssim = ssim_3d(torch.from_numpy(shifted[0]), torch.from_numpy(shifted[1]), window.width_hu)
+    return sums.result() | {"ssim": ssim}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a report, atomically; numbers that are not finite become null, which JSON can hold.
+
+    Raises:
+        StorageError: the disk refuses.
+    """
+    make_folder(path.parent)
+    with atomic_write(path) as handle:
+        handle.write(json.dumps(_finite(content), indent=2, allow_nan=False).encode())
+
+
+def make_folder(folder: Path) -> Path:
+    """A folder for results.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{folder}: cannot be created ({error.strerror}): choose another --output") from error
+    return folder
+
+
+def print_table(rows: Sequence[dict[str, Any]], columns: Sequence[tuple[str, str, str]]) -> None:
+    """Rows that have a ``name``, under columns of (key, heading, format)."""
+    width = max(len("case"), *(len(row["name"]) for row in rows))
+    print("  ".join(["case".ljust(width), *(heading for _, heading, _ in columns)]))
+    for row in rows:
+        cells = (form.format(row[key]).rjust(len(heading)) for key, heading, form in columns)
+        print("  ".join([row["name"].ljust(width), *cells]))
+
+
+def start_logging() -> Callable[[str], None]:
+    """Messages of the libraries on stderr, one line each; returns what commands print progress with."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    return lambda text: print(text, flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
