@@ -71,8 +71,12 @@ def auroc(scores: Sequence[float] | np.ndarray, labels: Sequence[bool] | np.ndar
     Args:
         scores: (n,), higher means more likely positive.
         labels: (n,) bool.
+
+    Raises:
+        InputError: another number of labels than of scores.
     """
     scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=bool)
+    _require_as_many(scores, labels)
     positives, negatives = int(labels.sum()), int((~labels).sum())
     if not positives or not negatives:
         return float("nan")
@@ -115,9 +119,12 @@ def delong(
         labels: (n,) bool.
 
     Raises:
-        InputError: fewer than two positives or negatives, where no variance can be estimated.
+        InputError: fewer than two positives or negatives, where no variance can be estimated, or another number of
+            labels than of scores.
     """
     labels = np.asarray(labels, dtype=bool)
+    for scores in (first, second):
+        _require_as_many(scores, labels)
     if labels.sum() < 2 or (~labels).sum() < 2:
         raise InputError(
             f"DeLong's test of {int(labels.sum())} positive and {int((~labels).sum())} negative cases: at least two of "
@@ -141,3 +148,8 @@ def delong(
     reach = float(stats.norm.ppf(0.975)) * error
     p_value = float(2 * stats.norm.sf(abs(difference) / error))
     return DeLong(areas[0], areas[1], Interval(difference, difference - reach, difference + reach), p_value)
+
+
+def _require_as_many(scores: Sequence[float] | np.ndarray, labels: np.ndarray) -> None:
+    if len(scores) != len(labels):
+        raise InputError(f"{len(scores)} scores, {len(labels)} labels: give one label for each score")

@@ -1,0 +1,178 @@
+"""The held-out patients of a diffusion run, and what a model may be told of them: the truth, or a control."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from dataset.geometry import crop_or_pad
+from dataset.xray_drr import read_info, read_line_integrals
+from ddpm.conditions import UNKNOWN_LABEL, ConditionBatch
+from ddpm.data_module import LatentDataModule, latent_data_module
+from ddpm.generate import Generator, load_ddpm
+from ddpm.latent_dataset import LatentDataset, collate_latents, condition_batch
+from errors import ConfigurationError, InputError
+from evaluation.metrics.projection import cone_ncc
+
+# Beyond [-1, 1] a cell lies outside the picture (see `ConditionBatch.ray_grid`).
+_OUTSIDE = 2.0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How volumes are drawn; see `ddpm.generate.Generator.generate`."""
+
+    steps: int = 20
+    sampler: str = "dpm_solver_pp_2m"
+    guidance: float = 1.0
+    rescale: float = 0.0
+    seed: int = 0
+
+    def draw(
+        self, generator: Generator, batch: ConditionBatch, shape_dhw: tuple[int, ...], number: int, samples: int = 1
+    ) -> np.ndarray:
+        """Volumes float32 HU (B, samples, D, H, W); all entries of the batch share the noise of patient ``number``.
+
+        Raises:
+            InputError: the model gives numbers that are not finite.
+        """
+        volumes = generator.generate(
+            batch,
+            shape_dhw,
+            steps=self.steps,
+            sampler=self.sampler,
+            guidance=self.guidance,
+            rescale=self.rescale,
+            seed=self.seed,
+            indices=[number] * len(batch.text),
+            samples=samples,
+        ).numpy()
+        if not np.isfinite(volumes).all():
+            raise InputError("the model gives volumes that are not finite: take another checkpoint or sampler")
+        return volumes
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A trained model and the patients that it has not seen.
+
+    Attributes:
+        generator: of the checkpoint.
+        data: of the run, built.
+        checkpoint: file of the model.
+        digest: SHA-256 of that file.
+    """
+
+    generator: Generator
+    data: LatentDataModule
+    checkpoint: Path
+    digest: str
+
+    @property
+    def cases(self) -> LatentDataset:
+        """The held-out patients."""
+        return self.data.datasets["validation"]
+
+    def training_volumes(self, shape_dhw: tuple[int, ...]) -> Iterator[np.ndarray]:
+        """Training volumes (D, H, W) HU inside the codec's window, padded with air as held-out ones are."""
+        window = self.generator.codec.window
+        for case in self.data.datasets["training"].cases:
+            hu, _ = crop_or_pad(np.asarray(case.volume.open()), case.volume.affine, shape_dhw, (0, 0, 0))
+            yield np.clip(hu, window.min_hu, window.max_hu)
+
+    def cone_ncc(self, number: int, generated_hu: np.ndarray, affine: np.ndarray) -> float | None:
+        """NCC with the rendered frontal radiograph; None where the radiograph is a real one, or there is none."""
+        for view, pictures in zip(self.cases.settings.views, self.cases.cases[number].xrays, strict=True):
+            if view == "frontal" and pictures and read_info(pictures[0]) is not None:
+                line_integrals, info = read_line_integrals(pictures[0])
+                return cone_ncc(generated_hu, affine, line_integrals, info.geometry)
+        return None
+
+
+def open_run(run: Path, checkpoint: Path | None, codec: Path | None, cases: int | None, device: str) -> HeldOut:
+    """Load a run's model and build its data.
+
+    Args:
+        run: ``output_dir`` of ``ddpm/train/train_ddpm.py``.
+        checkpoint: default ``checkpoints/final.ckpt`` of the run.
+        codec: checkpoint of the first stage; default the run's copy.
+        cases: at most so many held-out patients; None for all.
+        device: where to compute.
+
+    Raises:
+        InputError: no such run, or a checkpoint or data cannot be read.
+        ConfigurationError: a number of cases below 1, or a device that is not there.
+    """
+    record = run / "config.yaml"
+    if not record.is_file():
+        raise InputError(f"{record}: not there: --run wants the output_dir of a diffusion training")
+    if cases is not None and cases < 1:
+        raise ConfigurationError(f"--cases {cases}: give 1 or more")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigurationError(f"--device {device}: no CUDA GPU here: use --device cpu")
+    config = OmegaConf.load(record)
+    if not isinstance(config, DictConfig) or OmegaConf.select(config, "model.conditioner") is None:
+        raise InputError(f"{record}: of another training: --run wants the output_dir of a diffusion training")
+    path = checkpoint or run / "checkpoints" / "final.ckpt"
+    generator = load_ddpm(path, codec, device)
+    config.validation.cases = cases or 1_000_000
+    data = latent_data_module(config, generator.codec, generator.network.config.statistics)
+    data.build(0, 1)
+    with path.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    return HeldOut(generator, data, path, digest)
+
+
+def conditions_of(sample: dict[str, Any]) -> ConditionBatch:
+    """What is known of one patient, as a batch of one."""
+    return condition_batch(collate_latents([sample]))
+
+
+def with_xrays_of(batch: ConditionBatch, other: ConditionBatch) -> ConditionBatch:
+    """The same patient with another's radiographs; their rays come along, since they belong to the pictures."""
+    return replace(batch, xray=other.xray, xray_present=other.xray_present, ray_grid=other.ray_grid)
+
+
+def without_conditions(batch: ConditionBatch) -> ConditionBatch:
+    """The same patient, of whom nothing is known; position and context of a crop stay."""
+    return replace(
+        batch,
+        xray=torch.zeros_like(batch.xray),
+        xray_present=torch.zeros_like(batch.xray_present),
+        ray_grid=torch.full_like(batch.ray_grid, _OUTSIDE),
+        label=torch.full_like(batch.label, UNKNOWN_LABEL),
+        text=("",) * len(batch.text),
+    )
+
+
+def mirrored(batch: ConditionBatch) -> ConditionBatch:
+    """The radiographs of the patient's mirror image: pictures and rays change sides.
+
+    Only frontal pictures are mirrored by it. A lateral one is taken away: the mirrored patient's would be seen from the
+    other side, at another magnification.
+    """
+    present = batch.xray_present.clone()
+    present[:, 1:] = False
+    rays = batch.ray_grid.flip(4).clone()  # (B, V, d, h, w, 2)
+    rays[..., 0] = -rays[..., 0]
+    return replace(batch, xray=batch.xray.flip(-1), xray_present=present, ray_grid=rays)
+
+
+def joined(batches: list[ConditionBatch]) -> ConditionBatch:
+    """Several batches as one."""
+    extras = [batch.extra for batch in batches if batch.extra is not None]
+    return ConditionBatch(
+        torch.cat([batch.xray for batch in batches]),
+        torch.cat([batch.xray_present for batch in batches]),
+        torch.cat([batch.ray_grid for batch in batches]),
+        torch.cat([batch.label for batch in batches]),
+        tuple(text for batch in batches for text in batch.text),
+        torch.cat(extras) if extras else None,
+    )

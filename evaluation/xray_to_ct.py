@@ -1,0 +1,273 @@
+"""What are the volumes worth that a diffusion model makes of held-out radiographs? Figures, controls and pictures.
+
+python evaluation/xray_to_ct.py --run outputs_ddpm --cases 64
+
+For each held-out patient volumes are drawn from the own radiograph, another patient's, none and the mirrored one, with
+the same noise, and compared with the CT; beside them stand the mean of the training volumes and what the codec makes of
+the CT itself. A run that was interrupted goes on where it stopped when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from errors import ConfigurationError, ExitCode, InputError, StorageError, run_command
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from evaluation.held_out import HeldOut, Sampling
+
+SCORES = (
+    ("psnr_body_db", "PSNR body dB", "{:.2f}"),
+    ("psnr_db", "PSNR dB", "{:.2f}"),
+    ("ssim", "SSIM", "{:.4f}"),
+    ("mae_body_hu", "MAE body HU", "{:.1f}"),
+    ("mae_hu", "MAE HU", "{:.1f}"),
+    ("drr_ncc", "NCC of DRR", "{:.4f}"),
+    ("drr_ncc_body", "NCC in body", "{:.4f}"),
+)
+
+
+def evaluate_case(held_out: HeldOut, number: int, other: int, sampling: Sampling, samples: int) -> dict[str, Any]:
+    """Draw all volumes of one patient.
+
+    Args:
+        held_out: model and patients.
+        number: of the patient.
+        other: whose radiograph is the shuffled one.
+        sampling: how.
+        samples: volumes from the right radiograph.
+
+    Returns:
+        ``name``, ``hu`` (the truth), ``affine``, ``xrays``, ``volumes`` by role, ``samples`` and ``mirrored``.
+
+    Raises:
+        InputError: the patient, or the other one, cannot be read.
+    """
+    from evaluation.held_out import conditions_of, joined, mirrored, with_xrays_of, without_conditions
+
+    sample, stranger = held_out.cases[number], held_out.cases[other]
+    for entry in (sample, stranger):
+        for name, reason in entry["skipped"]:
+            raise InputError(f"{name}: {reason}")
+    batch, shape = conditions_of(sample), tuple(sample["hu"].shape[1:])
+    window = held_out.generator.codec.window
+    own = sampling.draw(held_out.generator, batch, shape, number, samples)[0]
+    controls = [with_xrays_of(batch, conditions_of(stranger)), without_conditions(batch), mirrored(batch)]
+    shuffled, unconditional, mirror = sampling.draw(held_out.generator, joined(controls), shape, number)[:, 0]
+    d, h, w = shape
+    codec = held_out.generator.codec.decode(sample["code"][None].to(held_out.generator.device))
+    return {
+        "name": sample["name"],
+        "hu": window.to_hu(window.to_unit(sample["hu"][0].numpy())),
+        "affine": sample["affine"].numpy(),
+        "xrays": sample["xray"].numpy(),
+        "volumes": {
+            "right": own[0],
+            "shuffled": shuffled,
+            "unconditional": unconditional,
+            "codec": codec[0, 0, :d, :h, :w].cpu().numpy(),
+        },
+        "samples": list(own),
+        "mirrored": mirror,
+    }
+
+
+def evaluate(
+    held_out: HeldOut, output: Path, sampling: Sampling, samples: int, pictures: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """Evaluate all held-out patients into ``output``, leaving out those that are there already.
+
+    Returns:
+        Figures by patient, and a reason for each that failed.
+    """
+    from evaluation.metrics.generation import case_report, derangement, mean_volume
+    from evaluation.panels import save_panel
+
+    names = [case.name for case in held_out.cases.cases]
+    order = derangement(len(names), sampling.seed)
+    mean: np.ndarray | None = None
+    results: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
+    for number, name in enumerate(names):
+        record, picture = output / "cases" / f"{name}.json", output / f"{name}.png"
+        if (known := _read_record(record)) is not None and (number >= pictures or picture.is_file()):
+            results[name] = known
+            continue
+        try:
+            drawn = evaluate_case(held_out, number, order[number], sampling, samples)
+        except InputError as error:
+            failed[name] = str(error)
+            continue
+        truth, volumes = drawn["hu"], drawn["volumes"]
+        if held_out.cases.settings.crop_dhw is None:  # crops of different places have no mean
+            mean = mean_volume(held_out.training_volumes(truth.shape)) if mean is None else mean
+            volumes["mean"] = mean
+        window = held_out.generator.codec.window
+        report = case_report(
+            truth, volumes, drawn["affine"], window, mirrored_hu=drawn["mirrored"], samples_hu=drawn["samples"]
+        )
+        cone = held_out.cone_ncc(number, volumes["right"], drawn["affine"])
+        report |= {"xray_of_shuffled": names[order[number]]} | ({} if cone is None else {"cone": {"ncc": cone}})
+        if number < pictures:
+            save_panel(_panel(drawn), picture)
+        _write_json(record, report)
+        results[name] = report
+        scores = report["scores"]
+        line = ", ".join(f"{role} {scores[role]['psnr_body_db']:.2f}" for role in scores)
+        print(f"{number + 1}/{len(names)} {name}: PSNR in the body, dB: {line}", flush=True)
+    return results, failed
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """Scores, gains, correlations and bars as tables."""
+    print(f"\n{report['cases']} held-out patients; mean [95 % interval]")
+    print("  ".join(["volume".ljust(14), *(heading.rjust(22) for _, heading, _ in SCORES)]))
+    for role, scores in report["scores"].items():
+        print("  ".join([role.ljust(14), *(_cell(scores[key], form).rjust(22) for key, _, form in SCORES)]))
+    print("\ngain of the right radiograph over")
+    for role, gains in report["gains"].items():
+        print("  ".join([role.ljust(14), *(_cell(gains[key], form).rjust(22) for key, _, form in SCORES)]))
+    print("\ncorrelation with the truth")
+    for role, values in report["correlations"].items():
+        cells = (f"{name} {_cell(value, '{:.3f}')}" for name, value in values.items())
+        print("  ".join([role.ljust(14), *cells]))
+    chirality = report["chirality"]
+    print(f"\nchirality {_cell(chirality, '{:.4f}')}, {chirality['share_right_way_round']:.0%} the right way round")
+    for part in ("mirror", "cone", "diversity"):
+        if part in report:
+            print(f"{part}: " + ", ".join(f"{name} {_cell(v, '{:.4f}')}" for name, v in report[part].items()))
+    print()
+    for bar in report["bars"]:
+        print(f"{'passed' if bar['passed'] else 'MISSED'}  {bar['bar']}: {bar['low']:.3f}, asked {bar['asked']:g}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", "--config", dest="run", type=Path, required=True, help="output_dir of the training")
+    parser.add_argument("--checkpoint", type=Path, help="of the diffusion model (default: final.ckpt of the run)")
+    parser.add_argument("--codec", type=Path, help="checkpoint of the VQ-GAN (default: the run's copy)")
+    parser.add_argument("--output", type=Path, help="folder for results (default: xray_to_ct in the run)")
+    parser.add_argument("--cases", type=int, help="at most so many held-out patients (default: all)")
+    parser.add_argument("--steps", type=int, default=20, help="of the sampler (default: 20)")
+    parser.add_argument("--sampler", default="dpm_solver_pp_2m", help="(default: dpm_solver_pp_2m)")
+    parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance, 1 is off (default: 1)")
+    parser.add_argument("--rescale", type=float, default=0.0, help="of guided samples, 0 to 1 (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise and of the shuffling (default: 0)")
+    parser.add_argument(
+        "--samples", type=int, default=1, help="per radiograph; 2 or more give diversity and their mean"
+    )
+    parser.add_argument("--pictures", type=int, default=4, help="patients with a picture (default: 4)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Evaluate a run; exit 4 if patients had to be left out."""
+    if arguments.samples < 1 or arguments.steps < 1:
+        raise ConfigurationError(f"--steps {arguments.steps} --samples {arguments.samples}: give 1 or more of each")
+    if arguments.seed < 0:
+        raise ConfigurationError(f"--seed {arguments.seed}: give 0, 1, 2, …")
+    from evaluation.held_out import Sampling, open_run
+    from evaluation.metrics.generation import summarise
+
+    held_out = open_run(arguments.run, arguments.checkpoint, arguments.codec, arguments.cases, arguments.device)
+    sampling = Sampling(arguments.steps, arguments.sampler, arguments.guidance, arguments.rescale, seed=arguments.seed)
+    output = arguments.output or arguments.run / "xray_to_ct"
+    settings = {
+        "model": held_out.digest,
+        "codec": held_out.generator.codec.content_hash,
+        "cases": [case.name for case in held_out.cases.cases],
+        "samples": arguments.samples,
+        **vars(sampling),
+    }
+    _claim(output, settings)
+    results, failed = evaluate(held_out, output, sampling, arguments.samples, arguments.pictures)
+    if not results:
+        raise InputError(f"none of {len(failed)} patients could be evaluated; the first: {next(iter(failed.values()))}")
+    report = summarise(list(results.values()))
+    _write_json(
+        output / "report.json", {"settings": settings, "summary": report, "patients": results, "failed": failed}
+    )
+    print_report(report)
+    print(f"report and pictures: {output}")
+    for name, reason in failed.items():
+        print(f"left out {name}: {reason}", file=sys.stderr)
+    return ExitCode.SKIPS if failed else ExitCode.OK
+
+
+def _claim(output: Path, settings: dict[str, Any]) -> None:
+    """Results of other settings must not be mixed with ours.
+
+    Raises:
+        ConfigurationError: the folder holds such. StorageError: it cannot be made.
+    """
+    record = output / "settings.json"
+    try:
+        (output / "cases").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{output}: cannot be created ({error.strerror}): give another --output") from error
+    if (known := _read_record(record)) is None:
+        _write_json(record, settings)
+    elif known != settings:
+        differing = ", ".join(key for key in settings if known.get(key) != settings[key])
+        raise ConfigurationError(f"{output}: holds results of another {differing}: give another --output, or remove it")
+
+
+def _panel(drawn: dict[str, Any]) -> np.ndarray:
+    from dataset.geometry import spacing_mm
+    from ddpm.panel import sample_panel
+
+    return sample_panel(drawn["xrays"], drawn["hu"], drawn["volumes"]["right"], spacing_mm(drawn["affine"]))
+
+
+def _cell(value: dict[str, float], form: str) -> str:
+    return f"{form.format(value['estimate'])} [{form.format(value['low'])}, {form.format(value['high'])}]"
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """A finished record; one that is damaged counts as missing, and is made again."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return _numbers(record) if isinstance(record, dict) else None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    from dataset.atomic import atomic_write
+
+    with atomic_write(path) as handle:
+        handle.write(json.dumps(_plain(content), indent=1, allow_nan=False).encode())
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity: null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _numbers(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_numbers(entry) for entry in value]
+    return math.nan if value is None else value
+
+
+if __name__ == "__main__":
+    args = parse_arguments()
+    sys.exit(run_command(lambda: main(args), debug=args.debug))
