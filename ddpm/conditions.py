@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 # Embolism label of a condition: nobody said, or the label was dropped for guidance.
@@ -21,8 +23,9 @@ class ConditionBatch:
             in [-1, 1] for ``grid_sample(align_corners=False)``; beyond that range the cell is outside the picture.
         label: (B,) int64: 0 no embolism, 1 embolism, `UNKNOWN_LABEL`.
         text: B reports, "" where there is none.
-        extra: (B, E, d, h, w) or None: channels that are joined to the noisy latent as they are and never dropped:
-            position in the whole field and, for crops, its low-resolution context.
+        extra: (B, E, d, h, w): channels that are joined to the noisy latent as they are and never dropped: position
+            in the whole field and, for crops, its low-resolution context. None: whole fields, of which the positions
+            are known.
     """
 
     xray: Tensor
@@ -49,3 +52,12 @@ class Conditions:
     tokens: Tensor | None = None
     vector: Tensor | None = None
     extra: Tensor | None = None
+
+
+def positions(field: Sequence[int], start: Sequence[int], size: Sequence[int]) -> Tensor:
+    """Where the cells of a crop are in the whole field: (3, d, h, w), each of d, h, w from -1 to 1 at its edges."""
+    axes = [
+        (2 * (torch.arange(n, dtype=torch.float32) + at) + 1) / have - 1
+        for have, at, n in zip(field, start, size, strict=True)
+    ]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))

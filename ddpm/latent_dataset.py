@@ -22,7 +22,7 @@ from dataset.ray_grid import ray_grid
 from dataset.xray import load_xray
 from dataset.xray_augment import XRayAugmentation, augment_xray, augmentation_generator
 from dataset.xray_drr import read_info
-from ddpm.conditions import UNKNOWN_LABEL, ConditionBatch
+from ddpm.conditions import UNKNOWN_LABEL, ConditionBatch, positions
 from errors import InputError, ProjectError
 from vq_gan_3d.latents import LatentFile, LatentScaler
 
@@ -237,15 +237,6 @@ def _pad(x: Tensor, size: Sequence[int]) -> Tensor:
     """Repeat the far ends of (C, d, h, w) until it has ``size``: beyond a volume lies more of what is at its edge."""
     d, h, w = (n - have for n, have in zip(size, x.shape[1:], strict=True))
     return F.pad(x[None], (0, w, 0, h, 0, d), mode="replicate")[0] if d or h or w else x
-
-
-def positions(field: Sequence[int], start: Sequence[int], size: Sequence[int]) -> Tensor:
-    """Where the cells of a crop are in the whole field: (3, d, h, w), each of d, h, w from -1 to 1 at its edges."""
-    axes = [
-        (2 * (torch.arange(n, dtype=torch.float32) + at) + 1) / have - 1
-        for have, at, n in zip(field, start, size, strict=True)
-    ]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"))
 
 
 def context_at(context: Tensor, field: Sequence[int], start: Sequence[int], size: Sequence[int]) -> Tensor:

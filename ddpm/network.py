@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dataset.intensity import HUWindow
 from ddpm.conditioner import Conditioner, Keep
 from ddpm.conditioner_config import ConditionerConfig
-from ddpm.conditions import ConditionBatch, Conditions
+from ddpm.conditions import ConditionBatch, Conditions, positions
 from ddpm.diffusion import Diffusion
 from ddpm.guidance import GuidedDenoiser
 from ddpm.samplers import NoiseSource, sampler_by_name, time_grid
@@ -76,7 +76,7 @@ class DDPMConfig:
             ConfigurationError: settings that are unknown or do not fit each other.
         """
         told = ConditionerConfig.from_dict(conditioner)
-        extra = 0 if facts["context_dhw"] is None else POSITION_CHANNELS + channels
+        extra = POSITION_CHANNELS + (0 if facts["context_dhw"] is None else channels)
         shape = {"in_channels": channels, "out_channels": channels, "extra_channels": extra}
         network = UNetConfig.from_dict({**unet, **shape, **told.unet_arguments(len(unet["widths"]))})
         return cls(network, Diffusion.from_dict(diffusion), told, **facts)
@@ -151,11 +151,11 @@ class LatentDiffusion(nn.Module):
 
     def encode_conditions(self, batch: ConditionBatch, keep: Keep | None = None) -> Conditions:
         """What the U-Net is told of a batch; ``keep`` drops some of it."""
-        return self.conditioner(batch, keep)
+        return self.conditioner(_placed(batch), keep)
 
     def null_conditions(self, batch: ConditionBatch) -> Conditions:
         """The same of patients of whom nothing is known."""
-        return self.conditioner.null(batch)
+        return self.conditioner.null(_placed(batch))
 
     def forward(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """Noisy latent (B, C, d, h, w) at times (B,) -> prediction (B, C, d, h, w)."""
@@ -196,6 +196,15 @@ class LatentDiffusion(nn.Module):
         times = time_grid(sampling.steps, diffusion.schedule).to(device)
         latent = sampler_by_name(sampling.sampler)(denoise, noise, times, diffusion, rng)
         return self.scaler.to_code(latent)  # (B, C, d, h, w)
+
+
+def _placed(batch: ConditionBatch) -> ConditionBatch:
+    """With positions where there are none yet: lifted features are the same all along a ray, the place on it is not."""
+    if batch.extra is not None:
+        return batch
+    grid = batch.ray_grid.shape[2:5]
+    extra = positions(grid, (0, 0, 0), grid).to(batch.ray_grid)  # (3, d, h, w)
+    return replace(batch, extra=extra.expand(len(batch.ray_grid), *extra.shape))
 
 
 def to_device(batch: ConditionBatch, device: torch.device | str) -> ConditionBatch:

@@ -13,8 +13,9 @@ from hydra import compose, initialize_config_dir
 
 from dataset.from_config import plain_dict
 from dataset.intensity import HUWindow
+from ddpm.conditions import positions
 from ddpm.ddpm import DDPM, ValidationConfig
-from ddpm.latent_dataset import condition_batch, context_at, positions
+from ddpm.latent_dataset import condition_batch, context_at
 from ddpm.network import DDPMConfig, LatentDiffusion, Sampling
 from ddpm.pretrained import load_network
 from tests.ddpm.tiny import TINY_DDPM, saved_codec, tiny_codec
