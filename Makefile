@@ -37,6 +37,9 @@ bench: $(STAMP)
 	$(PY) benchmarks/vqgan.py --json outputs/bench_vqgan.json
 	$(PY) benchmarks/patches.py --json outputs/bench_patches.json
 	$(PY) benchmarks/dicom.py --json outputs/bench_dicom.json
+	$(PY) benchmarks/stitch.py --json outputs/bench_stitch.json
+	$(PY) benchmarks/seams.py --json outputs/bench_seams.json
+	$(PY) benchmarks/ddpm.py --json outputs/bench_ddpm.json
 
 clean:
 	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache
