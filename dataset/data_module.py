@@ -91,6 +91,7 @@ class VolumeDataModule(pl.LightningDataModule):
         validation_tiles: int | None = 0,
     ) -> None:
         super().__init__()
+        self.collate = collate  # of samples into a batch; latents have one of their own
         self.manifest = manifest(sources)
         self.size_dhw, self.patch_dhw = size_dhw, patch_dhw
         self.patches_per_volume = patches_per_volume
@@ -186,7 +187,7 @@ class VolumeDataModule(pl.LightningDataModule):
         return DataLoader(
             self.datasets[split],
             num_workers=self.num_workers,
-            collate_fn=collate,
+            collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             timeout=self.worker_timeout_s if self.num_workers > 0 else 0,

@@ -118,6 +118,7 @@ class LatentDataModule(pl.LightningDataModule):
                 crops_per_volume=self.volumes.patches_per_volume if training else 1,
             )
         self.volumes.datasets = dict(self.datasets)  # type: ignore[arg-type]  # its loaders and names serve ours
+        self.volumes.collate = collate_latents
         v = self.volumes
         v.sampler = ResumableSampler(len(self.datasets["training"]), v.batch_size, v.seed, rank, world_size)
         if v.sampler.batches == 0:
@@ -143,16 +144,11 @@ class LatentDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of training batches."""
-        return _of_latents(self.volumes.train_dataloader())
+        return self.volumes.train_dataloader()
 
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Loader of held-out cases, one at a time."""
-        return _of_latents(self.volumes.val_dataloader())
-
-
-def _of_latents(loader: DataLoader[dict[str, Any]]) -> DataLoader[dict[str, Any]]:
-    loader.collate_fn = collate_latents
-    return loader
+        return self.volumes.val_dataloader()
 
 
 def latent_data_module(

@@ -24,7 +24,8 @@ from dataset.xray_augment import XRayAugmentation, augment_xray, augmentation_ge
 from dataset.xray_drr import read_info
 from ddpm.conditions import UNKNOWN_LABEL, ConditionBatch, positions
 from errors import InputError, ProjectError
-from vq_gan_3d.latents import LatentFile, LatentScaler
+from vq_gan_3d.latent_files import LatentFile
+from vq_gan_3d.latents import LatentScaler
 
 Triple = tuple[int, int, int]
 # Standard X-rays and their rays that a worker keeps: decoding takes longer than a small training step.

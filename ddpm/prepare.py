@@ -23,7 +23,8 @@ from dataset.xray import view_of
 from ddpm.conditions import UNKNOWN_LABEL
 from ddpm.latent_dataset import LatentCase
 from errors import ConfigurationError, InputError
-from vq_gan_3d.latents import SUFFIX, FrozenCodec, LatentFile, open_latent, write_latent
+from vq_gan_3d.latent_files import SUFFIX, LatentFile, open_latent, write_latent
+from vq_gan_3d.latents import FrozenCodec
 
 log = logging.getLogger(__name__)
 

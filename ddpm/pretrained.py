@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ddpm.lora import LoraConfig, base_digest, inject_lora, remove_lora
+from ddpm.lora import LoraConfig, inject_lora, remove_lora
+from ddpm.lora_file import base_digest
 from ddpm.network import DDPMConfig, LatentDiffusion
 from errors import InputError
 from vq_gan_3d.checkpointing import load_checkpoint

@@ -12,10 +12,13 @@ from omegaconf import DictConfig
 from torch import nn
 
 from dataset.from_config import plain_dict
+from ddpm.conditioner_config import ConditionerConfig
 from ddpm.data_module import LatentDataModule, latent_data_module
 from ddpm.ddpm import DDPM, LoraOrigin, ValidationConfig
+from ddpm.diffusion import Diffusion
 from ddpm.generate import CODEC_NAME
-from ddpm.lora import LoraConfig, base_digest
+from ddpm.lora import LoraConfig
+from ddpm.lora_file import base_digest
 from ddpm.network import DDPMConfig, LatentDiffusion, Sampling
 from ddpm.prepare import encoding_device
 from ddpm.pretrained import load_network
@@ -51,7 +54,9 @@ class DDPMStage:
             raise ConfigurationError(
                 "lora.enabled and pretrained_ddpm belong together: adapters are trained on top of a trained model"
             )
-        sampler_by_name(config.validation.sampler)
+        sampler_by_name(config.validation.sampler)  # mistakes are told before anything is prepared
+        Diffusion.from_dict(plain_dict(config.model.diffusion))
+        ConditionerConfig.from_dict(plain_dict(config.model.conditioner))
         codec = FrozenCodec.load(Path(config.pretrained_vqgan).expanduser())
         codec.to(encoding_device(resolve_hardware(config.hardware).accelerator))
         self._codec = codec

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,20 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from dataset.geometry import crop_or_pad
+from dataset.xray import load_xray
 from dataset.xray_drr import read_info, read_line_integrals
 from ddpm.conditions import UNKNOWN_LABEL, ConditionBatch
 from ddpm.data_module import LatentDataModule, latent_data_module
 from ddpm.generate import Generator, load_ddpm
 from ddpm.latent_dataset import LatentDataset, collate_latents, condition_batch
 from errors import ConfigurationError, InputError
+from evaluation.metrics.linear import RidgeWeights
 from evaluation.metrics.projection import cone_ncc
 
 # Beyond [-1, 1] a cell lies outside the picture (see `ConditionBatch.ray_grid`).
 _OUTSIDE = 2.0
+# Voxels of a volume, evenly spaced, by which the penalty of the linear control is chosen.
+_LINEAR_VOXELS = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,43 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class LinearMap:
+    """A linear control: the frontal radiograph -> the volume, by ridge regression on the training patients.
+
+    Attributes:
+        weights: of training volumes for a picture.
+        numbers: of the training patients that have a frontal radiograph.
+    """
+
+    weights: RidgeWeights
+    numbers: tuple[int, ...]
+
+    @classmethod
+    def fit(cls, held_out: HeldOut, shape_dhw: tuple[int, ...]) -> LinearMap | None:
+        """From whole training volumes padded to a shape; None for fewer than three training radiographs."""
+        count = len(held_out.data.datasets["training"].cases)
+        pictures = {number: held_out.frontal("training", number) for number in range(count)}
+        numbers = tuple(number for number, picture in pictures.items() if picture is not None)
+        if len(numbers) < 3:
+            return None
+        every = -(-math.prod(shape_dhw) // _LINEAR_VOXELS)
+        voxels = [hu.reshape(-1)[::every] for hu in held_out.training_volumes(shape_dhw, numbers)]
+        known = np.stack([picture for picture in pictures.values() if picture is not None])
+        return cls(RidgeWeights(known, np.stack(voxels)), numbers)
+
+    def volume(self, held_out: HeldOut, number: int, shape_dhw: tuple[int, ...]) -> np.ndarray | None:
+        """What it makes of a held-out radiograph, float32 HU; None where there is none. One volume in memory a time."""
+        if (picture := held_out.frontal("validation", number)) is None:
+            return None
+        total = np.zeros(shape_dhw)
+        training = held_out.training_volumes(shape_dhw, self.numbers)
+        for weight, volume in zip(self.weights(picture), training, strict=True):
+            total += weight * volume
+        window = held_out.generator.codec.window
+        return total.clip(window.min_hu, window.max_hu).astype(np.float32)
+
+
+@dataclass(frozen=True)
 class HeldOut:
     """A trained model and the patients that it has not seen.
 
@@ -80,12 +122,27 @@ class HeldOut:
         """The held-out patients."""
         return self.data.datasets["validation"]
 
-    def training_volumes(self, shape_dhw: tuple[int, ...]) -> Iterator[np.ndarray]:
-        """Training volumes (D, H, W) HU inside the codec's window, padded with air as held-out ones are."""
-        window = self.generator.codec.window
-        for case in self.data.datasets["training"].cases:
+    def training_volumes(
+        self, shape_dhw: tuple[int, ...], numbers: Sequence[int] | None = None
+    ) -> Iterator[np.ndarray]:
+        """Training volumes (D, H, W) HU inside the codec's window, padded with air as held-out ones are.
+
+        Args:
+            shape_dhw: of each.
+            numbers: which, in this order; None for all.
+        """
+        window, cases = self.generator.codec.window, self.data.datasets["training"].cases
+        for case in cases if numbers is None else [cases[number] for number in numbers]:
             hu, _ = crop_or_pad(np.asarray(case.volume.open()), case.volume.affine, shape_dhw, (0, 0, 0))
             yield np.clip(hu, window.min_hu, window.max_hu)
+
+    def frontal(self, split: str, number: int) -> np.ndarray | None:
+        """Standard frontal radiograph of a case as (S·S,) float64 in [0, 1]; None where there is none."""
+        cases = self.data.datasets[split]
+        for view, pictures in zip(cases.settings.views, cases.cases[number].xrays, strict=True):
+            if view == "frontal" and pictures:
+                return load_xray(pictures[0], cases.settings.xray_size, view=view).image.double().numpy().ravel()
+        return None
 
     def cone_ncc(self, number: int, generated_hu: np.ndarray, affine: np.ndarray) -> float | None:
         """NCC with the rendered frontal radiograph; None where the radiograph is a real one, or there is none."""

@@ -1,4 +1,4 @@
-"""PNG panels of a reconstruction beside its original: three central planes, and the signed error in HU.
+"""PNG panels of a reconstruction beside its original: three planes, and the signed error in HU.
 
 Drawn with numpy and Pillow alone: quick to import, the same pixels every time, and fit for TensorBoard. Radiological
 display: patient's right on the left of the image, anterior up in axial planes, superior up in the others, true
@@ -73,23 +73,25 @@ def panel_image(
     titles: tuple[str, str] = ("original", "reconstruction"),
     error_range_hu: float = 300.0,
     tile_px: int = 320,
+    position_dhw: Sequence[int] | None = None,
 ) -> np.ndarray:
-    """Rows: central axial, coronal and sagittal plane. Columns: original, reconstruction, signed error.
+    """Rows: an axial, a coronal and a sagittal plane. Columns: original, reconstruction, signed error.
 
     Args:
-        original_hu: (D, H, W) on the standard axes, any real dtype, HU.
+        original_hu: (D, H, W) on the standard axes, any real dtype, HU; planes are read one at a time.
         reconstruction_hu: the same shape; NaN is drawn as magenta.
         spacing_dhw_mm: voxel spacing.
         window: display window (level, width) in HU.
         titles: names of the first two columns.
         error_range_hu: the error's colours saturate at ± this; fixed, so that panels can be compared.
         tile_px: pixels of the volume's longest side.
+        position_dhw: the voxel (d, h, w) that the planes pass through; None: the middle of the volume.
 
     Returns:
         uint8 (height, width, 3) RGB.
 
     Raises:
-        InputError: shapes differ, are not 3D, or the spacing or a range is not positive.
+        InputError: shapes differ, are not 3D, the spacing or a range is not positive, or the position is outside.
     """
     if original_hu.shape != reconstruction_hu.shape or original_hu.ndim != 3 or 0 in original_hu.shape:
         raise InputError(
@@ -99,18 +101,21 @@ def panel_image(
         raise InputError(f"spacing {list(spacing_dhw_mm)} mm: three positive numbers are needed")
     if not (window[1] > 0 and error_range_hu > 0):
         raise InputError(f"window width {window[1]} and error range {error_range_hu} HU must be positive")
+    position = [count // 2 for count in original_hu.shape] if position_dhw is None else list(position_dhw)
+    if len(position) != 3 or not all(0 <= at < count for at, count in zip(position, original_hu.shape, strict=True)):
+        raise InputError(f"position {position} [D, H, W] is not a voxel of a volume of {list(original_hu.shape)}")
 
     extent_mm = [count * mm for count, mm in zip(original_hu.shape, spacing_dhw_mm, strict=True)]
     px_per_mm = tile_px / max(extent_mm)
     rows = []
     for name, axis, turn_up, letters in _PLANES:
-        planes = [_central_plane(volume, axis, turn_up) for volume in (original_hu, reconstruction_hu)]
+        planes = [_plane(volume, axis, position[axis], turn_up) for volume in (original_hu, reconstruction_hu)]
         height_mm, width_mm = (mm for other, mm in enumerate(extent_mm) if other != axis)
         size = (max(round(width_mm * px_per_mm), _MIN_TILE_PX), max(round(height_mm * px_per_mm), _MIN_TILE_PX))
         error_hu = planes[1] - planes[0]
         tiles = [_grey(_resize(plane, size), window) for plane in planes]
         tiles.append(_signed_colours(_resize(error_hu, size), error_range_hu))
-        captions = (f"{name} {original_hu.shape[axis] // 2}", "", _error_caption(error_hu))
+        captions = (f"{name} {position[axis]}", "", _error_caption(error_hu))
         # the error's caption needs the room of the letters, which stand beside it twice anyway
         marks = (letters, letters, "")
         rows.append([_annotate(*annotated) for annotated in zip(tiles, marks, captions, strict=True)])
@@ -119,9 +124,10 @@ def panel_image(
     return _compose(rows, headings, error_range_hu)
 
 
-def _central_plane(volume_hu: np.ndarray, axis: int, turn_up: bool) -> np.ndarray:
+def _plane(volume_hu: np.ndarray, axis: int, place: int, turn_up: bool) -> np.ndarray:
     """float32 (rows, columns) as displayed: D grows towards superior but image rows grow downwards."""
-    plane = np.take(volume_hu, volume_hu.shape[axis] // 2, axis=axis).astype(np.float32)
+    at: tuple[slice | int, ...] = (*(slice(None),) * axis, place)
+    plane = np.asarray(volume_hu[at]).astype(np.float32)
     return plane[::-1] if turn_up else plane
 
 

@@ -1,12 +1,11 @@
 """Animated WebP of a reconstruction beside its original: three planes sweep through the volume, with the error in HU.
 
-The same picture as `evaluation.panels` (radiological display, true proportions), frame by frame. WebP through Pillow:
+Every frame is a picture of `evaluation.panels` (radiological display, true proportions). WebP through Pillow:
 browsers play it, nothing besides Pillow is needed, and a pixel takes a fraction of what GIF takes.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 
@@ -15,7 +14,7 @@ from PIL import Image
 
 from dataset.atomic import atomic_write
 from errors import InputError
-from evaluation import panels
+from evaluation.panels import panel_image
 from params import MEDIASTINUM_WINDOW
 
 
@@ -90,38 +89,19 @@ def video_frames(
     Raises:
         InputError: shapes differ, are not 3D, or the spacing, a range or the number of frames is not positive.
     """
-    shape = original_hu.shape
-    if shape != reconstruction_hu.shape or len(shape) != 3 or 0 in shape:
-        raise InputError(
-            f"original {shape} and reconstruction {reconstruction_hu.shape}: two volumes on one grid needed"
-        )
-    if len(spacing_dhw_mm) != 3 or not all(0 < mm < math.inf for mm in spacing_dhw_mm):
-        raise InputError(f"spacing {list(spacing_dhw_mm)} mm: three positive numbers are needed")
-    if not (window[1] > 0 and error_range_hu > 0 and frames > 0):
-        raise InputError(
-            f"window width {window[1]}, error range {error_range_hu} HU and {frames} frames must be positive"
-        )
-    extent_mm = [count * mm for count, mm in zip(shape, spacing_dhw_mm, strict=True)]
-    px_per_mm = tile_px / max(extent_mm)
-    headings = [f"original  (L {window[0]:g} W {window[1]:g} HU)", "reconstruction", "reconstruction - original"]
+    if frames < 1:
+        raise InputError(f"{frames} frames: the number must be positive")
     for number in range(frames):
         progress = number / (frames - 1) if frames > 1 else 0.5
-        rows = []
-        for name, axis, turn_up, letters in panels._PLANES:
-            # slice 0 is the most inferior: an axial sweep starts at the neck, as readers scroll
-            place = round((1 - progress if axis == 0 else progress) * (shape[axis] - 1))
-            planes = [_plane(volume, axis, place, turn_up) for volume in (original_hu, reconstruction_hu)]
-            height_mm, width_mm = (mm for other, mm in enumerate(extent_mm) if other != axis)
-            size = tuple(max(round(mm * px_per_mm), panels._MIN_TILE_PX) for mm in (width_mm, height_mm))
-            error_hu = panels._resize(planes[1] - planes[0], (size[0], size[1]))
-            tiles = [panels._grey(panels._resize(plane, (size[0], size[1])), window) for plane in planes]
-            tiles.append(panels._signed_colours(error_hu, error_range_hu))
-            marks, captions = (letters, letters, ""), (f"{name} {place}", "", "")
-            rows.append([panels._annotate(*drawn) for drawn in zip(tiles, marks, captions, strict=True)])
-        yield panels._compose(rows, headings, error_range_hu)
-
-
-def _plane(volume_hu: np.ndarray, axis: int, place: int, turn_up: bool) -> np.ndarray:
-    """float32 (rows, columns) as displayed: D grows towards superior but image rows grow downwards."""
-    plane = np.asarray(volume_hu[tuple(place if a == axis else slice(None) for a in range(3))]).astype(np.float32)
-    return plane[::-1] if turn_up else plane
+        # slice 0 is the most inferior: an axial sweep starts at the neck, as readers scroll
+        shares = (1 - progress, progress, progress)
+        position = [round(share * (count - 1)) for share, count in zip(shares, original_hu.shape, strict=True)]
+        yield panel_image(
+            original_hu,
+            reconstruction_hu,
+            spacing_dhw_mm,
+            window=window,
+            error_range_hu=error_range_hu,
+            tile_px=tile_px,
+            position_dhw=position,
+        )

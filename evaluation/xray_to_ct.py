@@ -3,8 +3,9 @@
 python evaluation/xray_to_ct.py --run outputs_ddpm --cases 64
 
 For each held-out patient volumes are drawn from the own radiograph, another patient's, none and the mirrored one, with
-the same noise, and compared with the CT; beside them stand the mean of the training volumes and what the codec makes of
-the CT itself. A run that was interrupted goes on where it stopped when the same command is given again.
+the same noise, and compared with the CT; beside them stand the mean of the training volumes, what a linear regression
+on the training patients makes of the radiograph, and what the codec makes of the CT itself. A run that was interrupted
+goes on where it stopped when the same command is given again.
 """
 
 from __future__ import annotations
@@ -87,12 +88,14 @@ def evaluate(
     Returns:
         Figures by patient, and a reason for each that failed.
     """
+    from evaluation.held_out import LinearMap
     from evaluation.metrics.generation import case_report, derangement, mean_volume
     from evaluation.panels import save_panel
 
     names = [case.name for case in held_out.cases.cases]
     order = derangement(len(names), sampling.seed)
     mean: np.ndarray | None = None
+    linear: LinearMap | None = None
     results: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
     for number, name in enumerate(names):
@@ -107,8 +110,11 @@ def evaluate(
             continue
         truth, volumes = drawn["hu"], drawn["volumes"]
         if held_out.cases.settings.crop_dhw is None:  # crops of different places have no mean
-            mean = mean_volume(held_out.training_volumes(truth.shape)) if mean is None else mean
+            if mean is None:
+                mean, linear = mean_volume(held_out.training_volumes(truth.shape)), LinearMap.fit(held_out, truth.shape)
             volumes["mean"] = mean
+            if linear is not None and (guess := linear.volume(held_out, number, truth.shape)) is not None:
+                volumes["linear"] = guess
         window = held_out.generator.codec.window
         report = case_report(
             truth, volumes, drawn["affine"], window, mirrored_hu=drawn["mirrored"], samples_hu=drawn["samples"]

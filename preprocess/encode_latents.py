@@ -13,36 +13,16 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from dataset.verification import find_volumes
+from dataset.pairs_case import volume_stem
 from errors import ConfigurationError, ExitCode, InputError, ProjectError, StorageError, run_command
 from preprocess.build_store import grid_name, parse_grid
+from preprocess.volume_tree import named_volumes
 
 log = logging.getLogger(__name__)
-_SUFFIXES = re.compile(r"\.(nii|nii\.gz|b2nd)$", re.IGNORECASE)
-
-
-def make_tasks(root: Path, output: Path) -> list[tuple[Path, Path]]:
-    """Every volume below a folder, and where its latent goes.
-
-    Raises:
-        ConfigurationError: no such folder.
-        InputError: no volume in it, or two that would become one latent.
-    """
-    from vq_gan_3d.latents import SUFFIX
-
-    tasks: dict[Path, Path] = {}
-    for path in find_volumes(root):
-        stem = _SUFFIXES.sub("", path.name)
-        target = output / (path.relative_to(root).parent if root.is_dir() else Path()) / f"{stem}{SUFFIX}"
-        if target in tasks:
-            raise InputError(f"{path}: {tasks[target].name} beside it has the same stem: rename one of them")
-        tasks[target] = path
-    return [(path, target) for target, path in tasks.items()]
 
 
 def encode_file(path: Path, target: Path, codec: Any, grid: list[int] | None, dtype: str, bf16: bool) -> bool:
@@ -66,13 +46,13 @@ def encode_file(path: Path, target: Path, codec: Any, grid: list[int] | None, dt
     from dataset.pairs_case import load_volume
     from dataset.volume_io import to_int16_hu
     from preprocess.batch_report import describe_output
-    from vq_gan_3d.latents import write_latent
+    from vq_gan_3d.latent_files import write_latent
 
     try:
         origin = describe_output(str(path))["sha256"]
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    source = {"name": _SUFFIXES.sub("", path.name), "sha256": origin, "grid": grid_name(grid), "dtype": dtype,
+    source = {"name": volume_stem(path), "sha256": origin, "grid": grid_name(grid), "dtype": dtype,
               "bf16": bf16}  # fmt: skip
     if _is_there(target, codec, source):
         return False
@@ -91,7 +71,7 @@ def encode_file(path: Path, target: Path, codec: Any, grid: list[int] | None, dt
 
 
 def _is_there(target: Path, codec: Any, source: dict[str, Any]) -> bool:
-    from vq_gan_3d.latents import open_latent
+    from vq_gan_3d.latent_files import open_latent
 
     if not target.exists():
         return False
@@ -127,6 +107,7 @@ def main(arguments: argparse.Namespace) -> int:
     import torch
     from torch.utils.data import DataLoader
 
+    from vq_gan_3d.latent_files import SUFFIX
     from vq_gan_3d.latents import FrozenCodec
 
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.DEBUG if arguments.debug else None)
@@ -142,7 +123,8 @@ def main(arguments: argparse.Namespace) -> int:
     if accelerator == "cuda" and arguments.devices > available:
         raise ConfigurationError(f"--devices {arguments.devices}: this machine has {available} CUDA device(s)")
     codec = FrozenCodec.load(arguments.checkpoint)
-    tasks = make_tasks(arguments.input, arguments.output)
+    named = named_volumes(arguments.input)
+    tasks = [(path, arguments.output / f"{name}{SUFFIX}") for name, path in named.items()]
     rank = int(os.environ.get("LOCAL_RANK", "0"))
 
     class Encoding(pl.LightningModule):

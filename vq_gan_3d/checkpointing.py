@@ -11,6 +11,7 @@ import hashlib
 import os
 import pickle
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -158,7 +159,7 @@ def is_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"{folder}: cannot be created ({error.strerror}): choose another output_dir") from error
-    probe = folder / ".probe"
+    probe = folder / f".probe_{uuid.uuid4().hex}"  # processes that share the folder do not remove each other's
     with atomic_write(probe) as handle:
         handle.write(b"\0")
     os.unlink(probe)

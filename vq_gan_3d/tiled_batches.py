@@ -23,6 +23,9 @@ _EDGES_VOX = (32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 640)
 # Live feature maps of the widest level at once: input, norm, convolution, activation, sum, and what a kernel reorders.
 # On the CPU (2026-11-23, two codecs, 64×128×128) resident memory rose by 0.75 to 1.3 times the estimate.
 _LIVE_MAPS = 6
+# A row of tiles fills a slab of the whole plane in float32, and three are held: one is written, one waits, one grows.
+# 192 slices of 512×512, so that memory does not follow depth where whole columns would fit as tiles.
+_SLAB_BYTES = 3 << 26
 
 
 class TileRunner:
@@ -115,6 +118,7 @@ def default_tile(
 ) -> Triple:
     """The window [D, H, W], halo included, that computes the fewest voxels within a budget of memory for one tile.
 
+    Its depth is also bounded by what a slab of the whole plane takes, so that memory does not grow with the volume's.
     Depends on nothing but its arguments, so that a volume is cut alike on all machines of a kind.
     """
     stride = config.total_stride
@@ -125,8 +129,9 @@ def default_tile(
         if tiling is None:
             continue
         size = tile_bytes(config, tiling.window_dhw, precision)
+        fits = size <= budget_bytes and 4 * prod((tiling.window_dhw[0], *shape_dhw[1:])) <= _SLAB_BYTES
         # over budget (a halo too wide for it) the smallest wins, within it the least work
-        cost = float(len(tiling) * prod(tiling.window_dhw)) if size <= budget_bytes else 1e18 * size
+        cost = float(len(tiling) * prod(tiling.window_dhw)) if fits else 1e18 * size
         if best is None or cost < best[0]:
             best = cost, tiling.tile_dhw
     assert best is not None  # the longest edge exceeds any codec's halo

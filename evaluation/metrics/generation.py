@@ -1,9 +1,10 @@
 """What generated volumes are worth: case by case against the truth, and over a cohort with intervals and controls.
 
 A chest looks like a chest: a volume that ignores its radiograph scores well on any image metric. Therefore each figure
-stands beside controls: the volume made from another patient's radiograph, from none, and the mean of the training
-volumes. What the radiograph contributes is the paired gain over them, and of a gain the lower end of its 95 % interval
-counts. Functions here take arrays and return plain numbers; `evaluation/xray_to_ct.py` runs the model.
+stands beside controls: the volume made from another patient's radiograph, from none, the mean of the training volumes,
+and what a linear regression makes of the radiograph. What the radiograph contributes is the paired gain over the first
+three, what the model is worth the gain over the last, and of a gain the lower end of its 95 % interval counts.
+Functions here take arrays and return plain numbers; `evaluation/xray_to_ct.py` runs the model.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from evaluation.metrics.statistics import Interval, bootstrap
 
 # Where a volume came from. "right" is the model with the patient's own radiograph; the others are its controls.
 RIGHT = "right"
-CONTROLS = ("shuffled", "unconditional", "mean")
+CONTROLS = ("shuffled", "unconditional", "mean", "linear")
+_MEASURED = (RIGHT, "right_mean", "shuffled", "linear")
 # Measures whose correlation with the truth says that the model saw the patient.
 CORRELATED = ("lung_ml", "heart_ml", "heart_shadow_cm2", "body_width_mm", "vessel_ml")
 GAINS = ("psnr_body_db", "psnr_db", "ssim", "mae_body_hu", "mae_hu", "drr_ncc", "drr_ncc_body")
@@ -147,8 +149,8 @@ def case_report(
             their mean is scored as "right_mean".
 
     Returns:
-        ``scores`` by role, ``anatomy`` of the truth, the right and the shuffled volume, ``chirality`` and, where given,
-        ``mirror`` and ``diversity``.
+        ``scores`` by role, ``anatomy`` of the truth, the right, the shuffled and the linear volume, ``chirality``
+        and, where given, ``mirror`` and ``diversity``.
 
     Raises:
         ConfigurationError: "right" is missing. InputError: shapes differ.
@@ -163,7 +165,7 @@ def case_report(
     report: dict[str, Any] = {
         "scores": {role: volume_scores(volume, true_hu, body, affine, window) for role, volume in roles.items()},
         "anatomy": {"truth": measure(true_hu, affine)}
-        | {role: measure(roles[role], affine) for role in (RIGHT, "right_mean", "shuffled") if role in roles},
+        | {role: measure(roles[role], affine) for role in _MEASURED if role in roles},
         "chirality": chirality(roles[RIGHT], radiograph(true_hu, spacing), spacing),
     }
     if mirrored_hu is not None:
@@ -231,7 +233,7 @@ def summarise(cases: Sequence[Mapping[str, Any]], *, seed: int = 0, resamples: i
         },
         "correlations": {
             role: {name: _correlation(cases, role, name, draw) for name in CORRELATED}
-            for role in (RIGHT, "right_mean", "shuffled")
+            for role in _MEASURED
             if any(role in case["anatomy"] for case in cases)
         },
         "chirality": _interval([case["chirality"] for case in cases], draw)

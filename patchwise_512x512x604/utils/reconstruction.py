@@ -30,6 +30,7 @@ from vq_gan_3d.tiled_batches import TileRunner, tile_bytes
 Mode = Literal["halo", "blend"]
 TILE_DHW: Triple = (128, 256, 256)
 MAX_BATCH = 8
+_SLICES = 16  # brought to HU and written at a time: what this takes besides the slab stays small
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,13 @@ def reconstruct_volume(
     counts = torch.zeros(codec.config.n_codes, dtype=torch.int64)
 
     def store(first: int, unit: np.ndarray) -> None:
-        out = window.to_hu(unit)
-        out = np.rint(out, out=out).astype(dtype) if np.dtype(dtype).kind in "iu" else out.astype(dtype, copy=False)
-        if write is not None:
-            write(first, out)
-        elif result is not None:
-            result[first : first + len(out)] = out
+        for at in range(0, len(unit), _SLICES):
+            out = window.to_hu(unit[at : at + _SLICES])
+            out = np.rint(out, out=out).astype(dtype) if np.dtype(dtype).kind in "iu" else out.astype(dtype, copy=False)
+            if write is not None:
+                write(first + at, out)
+            elif result is not None:
+                result[first + at : first + at + len(out)] = out
 
     start = time.perf_counter()
     with WriteBehind(store) as writer:

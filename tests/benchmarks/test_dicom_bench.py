@@ -10,5 +10,5 @@ def test_quick_run_writes_a_report_with_both_rates(tmp_path: Path) -> None:
     report = tmp_path / "dicom.json"
     run("benchmarks/dicom.py", "--quick", "--json", str(report), cwd=tmp_path, tiny=False)
     rows = json.loads(report.read_text())["rows"]
-    assert [row["what"].split(": ")[1] for row in rows] == ["to memory", "to .nii.gz"]
+    assert [row["what"].split(": ")[1] for row in rows] == ["to memory", "to a store", "to .nii.gz"]
     assert all(row["unit"] == "slices/s" and row["value"] > 0 and row["reference"] > 0 for row in rows)

@@ -15,7 +15,7 @@ from dataset.store import write_store
 from dataset.volume_io import Volume, to_int16_hu, write_nifti
 from tests.ddpm.tiny import saved_codec, tiny_codec
 from tests.helpers import ROOT, assert_one_line_error, environment
-from vq_gan_3d.latents import open_latent
+from vq_gan_3d.latent_files import open_latent
 
 AFFINE = np.array([[0.0, 0, -4, 30], [0, -4, 0, 30], [5, 0, 0, -40], [0, 0, 0, 1]])
 
@@ -87,6 +87,7 @@ def test_volumes_are_resampled_whole_and_bad_ones_told(tmp_path: Path, cohort: P
     run("--input", only_bad, "--output", out, "--checkpoint", checkpoint, check=3)
 
 
+@pytest.mark.slow
 def test_a_missing_folder_or_checkpoint_is_one_line(tmp_path: Path, cohort: Path):
     checkpoint = saved_codec(tmp_path)
     common = ("--output", tmp_path / "out", "--checkpoint")

@@ -15,14 +15,8 @@ from torch import nn
 from dataset.intensity import HUWindow
 from errors import ConfigurationError, InputError
 from tests.ddpm.tiny import saved_codec, tiny_codec
-from vq_gan_3d.latents import (
-    FrozenCodec,
-    LatentScaler,
-    LatentStatistics,
-    open_latent,
-    unsquash,
-    write_latent,
-)
+from vq_gan_3d.latent_files import open_latent, write_latent
+from vq_gan_3d.latents import FrozenCodec, LatentScaler, LatentStatistics, unsquash
 from vq_gan_3d.quantizer import squash
 
 AFFINE = np.diag([-2.0, -3.0, 4.0, 1.0])

@@ -11,17 +11,15 @@ from torch import Tensor, nn
 from ddpm.lora import (
     LoraConfig,
     adapter_state_dict,
-    base_digest,
     inject_lora,
-    load_adapter,
     load_adapter_state_dict,
     lora_layers,
     lora_parameters,
     merge_lora,
     remove_lora,
-    save_adapter,
     unmerge_lora,
 )
+from ddpm.lora_file import base_digest, load_adapter, save_adapter
 from ddpm.unet import UNet3D, UNetConfig
 from errors import ConfigurationError, InputError
 

@@ -47,7 +47,7 @@ def test_t09_two_parts_equal_one_run(tmp_path: Path, train: Train, first_part: i
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
-def test_t10_killed_runs_equal_one_run(tmp_path: Path, workers: int):
+def test_t10_killed_runs_equal_one_run(tmp_path: Path, train: Train, workers: int):
     codec = saved_codec(tmp_path)
     options = [
         f"training.num_workers={workers}",
@@ -57,13 +57,14 @@ def test_t10_killed_runs_equal_one_run(tmp_path: Path, workers: int):
         "dataset.patch_size=[8,8,8]",
         "dataset.patches_per_volume=2",
     ]
-    run(codec, tmp_path, *options, "output_dir=whole")
+    here = [*TINY_DDPM, f"pretrained_vqgan={codec}", *options]
+    train(*here, "output_dir=whole", script=DDPM, tiny=False)
     for saved in (2, 6, 8):  # in one epoch of ten batches
         resume = ["ckpt_path=last"] if (tmp_path / "parts").exists() else []
         process = start(codec, tmp_path, *options, "output_dir=parts", *resume)
         wait_for(tmp_path / f"parts/checkpoints/epoch_00_step_{saved:04d}.ckpt", process, 300)
         kill(process)
-    run(codec, tmp_path, *options, "output_dir=parts", "ckpt_path=last")
+    train(*here, "output_dir=parts", "ckpt_path=last", script=DDPM, tiny=False)
     assert_same_run(tmp_path / "whole/checkpoints/final.ckpt", tmp_path / "parts/checkpoints/final.ckpt")
 
 
@@ -95,15 +96,17 @@ def test_t14_other_settings_are_refused_by_name(tmp_path: Path, train: Train):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path: Path):
+def test_two_processes_train_as_one(tmp_path: Path, train: Train):
     codec = saved_codec(tmp_path)
     cohort = ["dataset.n_patients=8", "dataset.validation=[phantom_00000,phantom_00001]", "training.max_steps=4"]
-    run(codec, tmp_path, *cohort, "training.batch_size=2", "output_dir=one")
+    here = [*TINY_DDPM, f"pretrained_vqgan={codec}", *cohort]
+    train(*here, "training.batch_size=2", "output_dir=one", script=DDPM, tiny=False)
     run(codec, tmp_path, *cohort, "hardware.processes=2", "output_dir=two")
     one, two = (load_checkpoint(tmp_path / f"{name}/checkpoints/final.ckpt") for name in ("one", "two"))
     names = [name for name, value in one["current_model_state"].items() if value.is_floating_point()]
     a, b = (torch.cat([state["current_model_state"][n].flatten().double() for n in names]) for state in (one, two))
-    run(codec, tmp_path, *cohort[:2], "training.max_steps=1", "training.learning_rate=0.0", "output_dir=start")
+    still = ["training.max_steps=1", "training.learning_rate=0.0", "output_dir=start"]
+    train(*here, *still, script=DDPM, tiny=False)
     start_state = load_checkpoint(tmp_path / "start/checkpoints/final.ckpt")["current_model_state"]
     moved = (a - torch.cat([start_state[n].flatten().double() for n in names])).norm()
     assert moved > 0

@@ -23,7 +23,8 @@ from tests.helpers import ROOT, assert_one_line_error
 from tests.in_process import DDPM as SCRIPT
 from tests.in_process import Train
 from vq_gan_3d.checkpointing import load_checkpoint
-from vq_gan_3d.latents import LatentStatistics, open_latent, write_latent
+from vq_gan_3d.latent_files import open_latent, write_latent
+from vq_gan_3d.latents import LatentStatistics
 from vq_gan_3d.optimization import OptimizerConfig
 
 
@@ -79,8 +80,11 @@ def test_a_run_leaves_checkpoints_logs_panels_and_a_codec(tmp_path: Path, train:
 def test_bad_settings_are_one_line(tmp_path: Path, train: Train, more: list[str], code: int, words: list[str]):
     result = train(*options(saved_codec(tmp_path), *more), script=SCRIPT, tiny=False, check=code)
     assert_one_line_error(result, *words)
+    if "dataset.latents_dir=nowhere" not in more:  # told before anything is prepared
+        assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_latents_of_another_codec_end_with_3(tmp_path: Path, train: Train):
     folder = tmp_path / "latents"
     folder.mkdir()

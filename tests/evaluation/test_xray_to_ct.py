@@ -1,17 +1,21 @@
 """The evaluation scripts of the diffusion model, from the command line, on the smallest run that goes all the way."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from dataset.intensity import HUWindow
 from ddpm.conditions import UNKNOWN_LABEL, ConditionBatch
-from evaluation.held_out import joined, mirrored, with_xrays_of, without_conditions
+from evaluation.held_out import HeldOut, LinearMap, joined, mirrored, with_xrays_of, without_conditions
 from evaluation.sampler_table import judge
 from tests.ddpm.tiny import ddpm_command, saved_codec
 from tests.helpers import ROOT, assert_one_line_error, environment
@@ -59,11 +63,12 @@ def test_figures_pictures_and_resumption(run, tmp_path):
     assert len(patients) >= 2
     assert set(patients) == set(report["settings"]["cases"])
     assert all(entry["xray_of_shuffled"] != name for name, entry in patients.items())
-    roles = {"right", "right_mean", "shuffled", "unconditional", "mean", "codec"}
+    roles = {"right", "right_mean", "shuffled", "unconditional", "mean", "linear", "codec"}
     assert set(report["summary"]["scores"]) == roles
     # the codec was never trained, the mean of the training phantoms is a chest
     assert report["summary"]["scores"]["mean"]["psnr_body_db"]["low"] > 15
     assert report["summary"]["scores"]["codec"]["psnr_body_db"]["high"] < 12
+    assert math.isfinite(report["summary"]["gains"]["linear"]["psnr_body_db"]["estimate"])
     assert {"chirality", "mirror", "cone", "diversity", "bars"} <= set(report["summary"])
     assert "MISSED" in first.stdout
     picture = np.asarray(Image.open(next(output.glob("*.png"))))
@@ -178,6 +183,29 @@ def test_controls_change_what_they_say_and_nothing_else():
     assert both.xray.shape[0] == both.ray_grid.shape[0] == len(both.text) == 2
     assert torch.equal(both.xray[:1], own.xray)
     assert both.extra is None
+
+
+def test_the_linear_control_learns_from_training_patients_with_a_radiograph(monkeypatch):
+    rng = np.random.default_rng(0)
+    shape, slope = (2, 3, 4), rng.normal(0, 20, (5, 24))
+    pictures = {"training": [*rng.normal(size=(20, 5)), None], "validation": [*rng.normal(size=(2, 5)), None]}
+
+    def case(picture):  # who has no radiograph has nonsense for a volume
+        hu = np.full(24, 1000.0) if picture is None else picture @ slope - 100
+        return SimpleNamespace(volume=SimpleNamespace(open=lambda: hu.reshape(shape), affine=np.eye(4)))
+
+    datasets = {split: SimpleNamespace(cases=[case(one) for one in given]) for split, given in pictures.items()}
+    generator = SimpleNamespace(codec=SimpleNamespace(window=HUWindow()))
+    held_out = HeldOut(generator, SimpleNamespace(datasets=datasets), Path(), "")
+    monkeypatch.setattr(HeldOut, "frontal", lambda self, split, number: pictures[split][number])
+    linear = LinearMap.fit(held_out, shape)
+    assert linear.numbers == tuple(range(20))
+    for number in range(2):
+        guess = linear.volume(held_out, number, shape)
+        assert np.abs(guess - datasets["validation"].cases[number].volume.open()).max() < 0.1
+    assert linear.volume(held_out, 2, shape) is None
+    pictures["training"][2:] = [None] * 19
+    assert LinearMap.fit(held_out, shape) is None
 
 
 def test_enough_steps_are_judged_by_both_figures():

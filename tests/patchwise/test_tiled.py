@@ -206,6 +206,14 @@ def test_the_default_tile_keeps_to_its_budget_and_leaves_room_inside_the_halo(bu
     assert default_tile(config, halo, (20, 30, 40), budget) != ()
 
 
+def test_the_default_tile_is_never_a_column_of_the_whole_depth() -> None:
+    """A slab of a tile's depth is held for the whole plane: the cheapest column must not make memory follow depth."""
+    config = CodecConfig(widths=(8, 16, 32), encoder_blocks=(1, 1, 1), decoder_blocks=(1, 1, 1))
+    for halo in config.receptive_halo_vox():
+        for depth in (151, 604, 1208, 5000):
+            assert default_tile(config, halo, (depth, 512, 512), 2**33)[0] <= 192
+
+
 # --- real CT ---------------------------------------------------------------------------------------------------------
 
 

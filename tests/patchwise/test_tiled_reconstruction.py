@@ -204,36 +204,43 @@ class Instant:
         self.codec.encode = lambda x: x[:, :, ::4, ::4, ::4].expand(-1, 4, -1, -1, -1) * 1.0
         self.codec.decode_quantized = lambda c: torch.nn.functional.interpolate(c[:, :1], scale_factor=4)
 
-depth, plane, mode, kind = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+depth, plane, (mode, kind, tile) = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 torch.set_num_threads(1)
 codec = Instant().codec if kind == "instant" else randomized(tiny_config()).eval()
 seen = []
 result = reconstruct_volume(
     codec, Water(depth, plane), HUWindow(), mode=mode, write=lambda a, s: seen.append(s.nbytes),
-    tile_dhw=(128, 256, 256) if kind == "instant" else (64, 64, 64),
+    tile_dhw=None if tile == "default" else tuple(map(int, tile.split(","))),
 )
 assert sum(seen) == 2 * depth * plane * plane, seen
 print(result.peak_bytes // 2**20)
 """
 
 
-def peak_mb(depth: int, plane: int, mode: str, kind: str) -> int:
-    code = [sys.executable, "-c", PEAK, str(depth), str(plane), mode, kind]
+def peak_mb(depth: int, plane: int, mode: str, kind: str, tile: str) -> int:
+    code = [sys.executable, "-c", PEAK, str(depth), str(plane), mode, kind, tile]
     result = subprocess.run(code, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     return int(result.stdout)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["halo", "blend"])
-def test_full_planes_of_any_depth_take_the_same_memory(mode: str) -> None:
-    peaks = {depth: peak_mb(depth, 512, mode, "instant") for depth in (151, 604, 1208)}
+@pytest.mark.parametrize(
+    ("mode", "tile", "depths"),
+    [
+        ("halo", "64,256,256", (151, 604, 1208)),
+        ("blend", "128,256,256", (151, 604, 1208)),
+        ("halo", "default", (604, 1208)),  # 151 slices are a single slab of the default tile, and take less
+    ],
+)
+def test_full_planes_of_any_depth_take_the_same_memory(mode: str, tile: str, depths: tuple[int, ...]) -> None:
+    peaks = {depth: peak_mb(depth, 512, mode, "instant", tile) for depth in depths}
     assert max(peaks.values()) < 3000, peaks
     assert max(peaks.values()) - min(peaks.values()) < 150, peaks
 
 
 @pytest.mark.slow
 def test_a_real_codec_takes_the_same_memory_at_any_depth() -> None:
-    peaks = {depth: peak_mb(depth, 96, "halo", "real") for depth in (151, 604)}
+    peaks = {depth: peak_mb(depth, 96, "halo", "real", "64,64,64") for depth in (151, 604)}
     assert max(peaks.values()) < 1000, peaks
     assert max(peaks.values()) - min(peaks.values()) < 60, peaks

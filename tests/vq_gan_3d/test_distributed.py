@@ -113,11 +113,11 @@ COHORT = ["dataset.n_patients=8", "dataset.validation=[phantom_00000,phantom_000
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("quantizer", "tolerance"), [("fsq", 0.05), ("ema", 0.1)])
-def test_the_entry_script_trains_in_two_processes(tmp_path, quantizer, tolerance):
+def test_the_entry_script_trains_in_two_processes(tmp_path, train, quantizer, tolerance):
     options = [*COHORT, f"model.quantizer={quantizer}", "model.discriminator_iter_start=1"]
-    run(BASELINE, *options, "training.max_steps=4", "training.batch_size=2", "output_dir=one", cwd=tmp_path)
+    train(*options, "training.max_steps=4", "training.batch_size=2", "output_dir=one")
     run(BASELINE, *options, "training.max_steps=4", "hardware.processes=2", "output_dir=two", cwd=tmp_path)
-    run(BASELINE, *options, "training.max_steps=1", "training.batch_size=2", "output_dir=start", cwd=tmp_path)
+    train(*options, "training.max_steps=1", "training.batch_size=2", "output_dir=start")
     one, two, start = (load_checkpoint(tmp_path / f"{name}/checkpoints/final.ckpt") for name in ("one", "two", "start"))
     assert int(one["current_model_state"]["steps"]) == int(two["current_model_state"]["steps"]) == 4
     for state in ("current_model_state", "state_dict"):

@@ -81,6 +81,7 @@ def test_unknown_precision_is_refused():
 
 def test_strategy_only_where_several_train():
     assert resolve_hardware(config(device="cpu")).trainer_arguments()["strategy"] == "auto"
-    several = resolve_hardware(config(device="cpu", processes=2)).trainer_arguments()
-    assert several["strategy"] == "ddp_find_unused_parameters_true"
-    assert several["devices"] == 2
+    several = resolve_hardware(config(device="cpu", processes=2))
+    assert several.trainer_arguments()["strategy"] == "ddp"
+    assert several.trainer_arguments(unused_parameters=True)["strategy"] == "ddp_find_unused_parameters_true"
+    assert several.trainer_arguments()["devices"] == 2

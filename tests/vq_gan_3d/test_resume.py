@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import BASELINE, STATE_KEYS, assert_same_state, kill, run, start, wait_for
+from tests.helpers import BASELINE, STATE_KEYS, assert_one_line_error, assert_same_state, kill, start, wait_for
+from tests.vq_gan_3d.conftest import Train
 from vq_gan_3d.checkpointing import load_checkpoint
 
 
@@ -27,17 +28,20 @@ def assert_same_run(a: Path, b: Path) -> None:
         pytest.param("simvq", 5, marks=pytest.mark.slow),
     ],
 )
-def test_two_parts_equal_one_run(tmp_path: Path, quantizer: str, first_part: int) -> None:
+def test_t09_two_parts_equal_one_run(tmp_path: Path, train: Train, quantizer: str, first_part: int) -> None:
     options = [f"model.quantizer={quantizer}", "training.checkpoint_every_n_steps=1"]
-    run(BASELINE, *options, "training.max_steps=8", "output_dir=whole", cwd=tmp_path)
-    run(BASELINE, *options, f"training.max_steps={first_part}", "output_dir=parts", cwd=tmp_path)
-    run(BASELINE, *options, "training.max_steps=8", "output_dir=parts", "ckpt_path=last", cwd=tmp_path)
+    train(*options, "training.max_steps=8", "output_dir=whole")
+    train(*options, f"training.max_steps={first_part}", "output_dir=parts")
+    train(*options, "training.max_steps=8", "output_dir=parts", "ckpt_path=last")
     assert_same_run(tmp_path / "whole/checkpoints/final.ckpt", tmp_path / "parts/checkpoints/final.ckpt")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_killed_runs_equal_one_run(tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize(
+    ("workers", "kills"),  # in one epoch of ten batches and the next
+    [(0, (3, 15)), (1, (7, 11)), (2, (3, 5, 7, 11, 15))],
+)
+def test_t10_t12_killed_runs_equal_one_run(tmp_path: Path, train: Train, workers: int, kills: tuple[int, ...]) -> None:
     options = [
         f"training.num_workers={workers}",
         "training.checkpoint_every_n_steps=1",
@@ -46,8 +50,7 @@ def test_killed_runs_equal_one_run(tmp_path: Path, workers: int) -> None:
         "dataset.patch_size=[16,16,16]",
         "training.accumulate_grad_batches=2",
     ]
-    run(BASELINE, *options, "output_dir=whole", cwd=tmp_path)
-    kills = (3, 5, 7, 11, 15)  # five, in one epoch of ten batches and the next
+    train(*options, "output_dir=whole")
     for step in kills:
         resume = ["ckpt_path=last"] if (tmp_path / "parts").exists() else []
         process = start(BASELINE, *options, "output_dir=parts", *resume, cwd=tmp_path)
@@ -55,39 +58,37 @@ def test_killed_runs_equal_one_run(tmp_path: Path, workers: int) -> None:
         epoch = saved // 10
         wait_for(tmp_path / f"parts/checkpoints/epoch_{epoch:02d}_step_{saved:04d}.ckpt", process)
         kill(process)
-    run(BASELINE, *options, "output_dir=parts", "ckpt_path=last", cwd=tmp_path)
+    train(*options, "output_dir=parts", "ckpt_path=last")
     assert_same_run(tmp_path / "whole/checkpoints/final.ckpt", tmp_path / "parts/checkpoints/final.ckpt")
 
 
 @pytest.mark.slow
-def test_best_checkpoint_resumes_exactly(tmp_path: Path) -> None:
+def test_t09_the_best_checkpoint_resumes_exactly(tmp_path: Path, train: Train) -> None:
     options = ["training.max_steps=10"]
-    run(BASELINE, *options, "output_dir=whole", cwd=tmp_path)
-    run(BASELINE, "training.max_steps=5", "output_dir=parts", cwd=tmp_path)
+    train(*options, "output_dir=whole")
+    train("training.max_steps=5", "output_dir=parts")
     best = tmp_path / "parts/checkpoints/best.ckpt"
     assert int(load_checkpoint(best)["current_model_state"]["steps"]) == 5
-    run(BASELINE, *options, "output_dir=rest", f"ckpt_path={best}", cwd=tmp_path)
+    train(*options, "output_dir=rest", f"ckpt_path={best}")
     assert_same_run(tmp_path / "whole/checkpoints/final.ckpt", tmp_path / "rest/checkpoints/final.ckpt")
 
 
 @pytest.mark.slow
-def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
-    """T14."""
-    run(BASELINE, "training.max_steps=1", cwd=tmp_path)
+def test_t14_other_settings_are_refused_by_name(tmp_path: Path, train: Train) -> None:
+    train("training.max_steps=1")
     for override, key in (
         ("training.seed=1", "training.seed (0 there, 1 here)"),
         ("training.batch_size=2", "training.batch_size"),
         ("dataset.n_patients=7", "dataset (volumes)"),
         ("model.quantizer=ema", "model.quantizer (fsq there, ema here)"),
     ):
-        result = run(BASELINE, "training.max_steps=2", override, "ckpt_path=last", cwd=tmp_path, check=2)
-        assert key in result.stderr.strip().splitlines()[-1]
+        assert_one_line_error(train("training.max_steps=2", override, "ckpt_path=last", check=2), key)
 
 
-def test_an_old_run_is_not_overwritten(tmp_path: Path) -> None:
-    run(BASELINE, "training.max_steps=1", cwd=tmp_path)
+def test_an_old_run_is_not_overwritten(tmp_path: Path, train: Train) -> None:
+    train("training.max_steps=1")
     before = (tmp_path / "outputs/checkpoints/final.ckpt").read_bytes()
-    result = run(BASELINE, "training.max_steps=2", cwd=tmp_path, check=2)
+    result = train("training.max_steps=2", check=2)
     assert "ckpt_path=last" in result.stderr
     assert (tmp_path / "outputs/checkpoints/final.ckpt").read_bytes() == before
-    run(BASELINE, "training.max_steps=2", "overwrite=true", cwd=tmp_path)
+    train("training.max_steps=2", "overwrite=true")
