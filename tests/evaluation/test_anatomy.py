@@ -107,7 +107,7 @@ def test_volumes_without_a_chest_give_empty_masks_and_no_exception(name):
         assert math.isnan(found["body_width_mm"])
         assert found["lung_ml"] == found["vessel_ml"] == 0
     if name == "ball":
-        assert found["body_width_mm"] == pytest.approx(7 * 6.5, abs=6.5)
+        assert 5 * 6.5 < found["body_width_mm"] <= 8 * 6.5  # the table's removal wears so small a body down
 
 
 def test_a_single_lung_is_found_on_its_side():
