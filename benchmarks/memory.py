@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 
 from errors import ConfigurationError, MemoryExhaustedError
+from vq_gan_3d.memory import status_bytes
 
 
 class PeakMemory:
@@ -44,7 +45,7 @@ class PeakMemory:
         _return_free_memory()
         try:
             Path("/proc/self/clear_refs").write_text("5")
-            self._baseline = _status_bytes("VmRSS")
+            self._baseline = status_bytes("VmRSS")
         except OSError as error:
             raise ConfigurationError(
                 f"peak memory needs Linux and a writable /proc/self/clear_refs ({error})"
@@ -58,7 +59,7 @@ class PeakMemory:
             torch.cuda.synchronize(self.device)
             peak = torch.cuda.max_memory_allocated(self.device)
         else:
-            peak = _status_bytes("VmHWM")
+            peak = status_bytes("VmHWM")
         self.bytes = max(0, peak - self._baseline)
 
 
@@ -89,14 +90,6 @@ def _peak_here(prepare: Callable[..., Callable[[], object]], args: tuple[Any, ..
     with PeakMemory(device) as peak:
         step()
     return peak.bytes
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        key, _, value = line.partition(":")
-        if key == field:
-            return int(value.split()[0]) * 1024  # "123 kB"
-    raise ConfigurationError(f"/proc/self/status has no {field}: peak memory cannot be measured on this system")
 
 
 def _return_free_memory() -> None:

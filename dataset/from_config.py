@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dataset.data_module import VolumeDataModule
 from dataset.sources import PhantomSource, VolumeSource, default_cache, find_nifti, find_stores
-from errors import ConfigurationError
+from errors import ConfigurationError, InputError
 
 log = logging.getLogger(__name__)
 # Public collections with tables of their own: `dataset.pairs` reads them.
@@ -88,6 +88,20 @@ def _spacing_mm(value: Any) -> tuple[float, float, float] | None:
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"dataset.spacing_mm={value} is no [d, h, w] in mm") from error
     return d, h, w
+
+
+def run_config(run: Path) -> DictConfig:
+    """The configuration that a training run recorded in its output_dir.
+
+    Raises:
+        InputError: there is none.
+    """
+    record = run / "config.yaml"
+    if not record.is_file():
+        raise InputError(f"{record}: not there: --run wants the output_dir of a training run")
+    config = OmegaConf.load(record)
+    assert isinstance(config, DictConfig)
+    return config
 
 
 def plain_dict(config: DictConfig) -> dict[str, Any]:

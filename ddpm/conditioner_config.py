@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from dataset.projection import VIEWS
 from errors import ConfigurationError
+from vq_gan_3d.settings import Settings
 
 TEXTS = ("none", "bytes", "sentence")
 IMAGE_ENCODERS = ("cnn", "biomedclip")
 
 
 @dataclass(frozen=True)
-class ConditionerConfig:
+class ConditionerConfig(Settings):
     """Which conditions take part, and how wide they are.
 
     Attributes:
@@ -38,6 +38,7 @@ class ConditionerConfig:
         image_encoder_path: folder of the frozen encoder.
     """
 
+    subject: ClassVar[str] = "conditioner"
     lifting: bool = True
     cross_attention: bool = True
     pooled: bool = True
@@ -112,16 +113,3 @@ class ConditionerConfig:
             "token_channels": self.token_channels if self.has_tokens else 0,
             "vector_channels": self.vector_channels if self.has_vector else 0,
         }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ConditionerConfig:
-        """Build from plain containers (lists become tuples); unknown keys are refused by name."""
-        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
-        if unknown:
-            raise ConfigurationError(f"unknown conditioner setting(s): {', '.join(unknown)}")
-        plain: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in values.items()}
-        return cls(**plain)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain containers for a checkpoint."""
-        return asdict(self)

@@ -243,7 +243,7 @@ class DDPM(pl.LightningModule):
         if self.lora is None:
             return
         checkpoint["lora"] = {
-            "config": _plain(self.lora.config.as_dict()),
+            "config": self.lora.config.as_dict(),
             "base": self.lora.base,
             "base_digest": self.lora.base_digest,
         }
@@ -257,10 +257,3 @@ class DDPM(pl.LightningModule):
         if self.lora is not None:
             for key in ("state_dict", "current_model_state"):
                 checkpoint[key] = {**self.state_dict(), **checkpoint[key]}
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -19,14 +19,15 @@ https://arxiv.org/abs/2202.00512, section 4); flow (Liu et al. 2022, https://arx
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from ddpm.schedules import CosineSchedule, NoiseSchedule, schedule_from_dict
 from errors import ConfigurationError
+from vq_gan_3d.settings import Settings
 
 OBJECTIVES = ("v", "epsilon", "x0", "flow")
 WEIGHTINGS = ("min_snr", "none")
@@ -43,7 +44,7 @@ def _like(values: Tensor, x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Diffusion:
+class Diffusion(Settings):
     """Schedule, objective and weighting of one diffusion model.
 
     Attributes:
@@ -56,6 +57,7 @@ class Diffusion:
             (Esser et al. 2024, https://arxiv.org/abs/2403.03206, section 3.1).
     """
 
+    subject: ClassVar[str] = "diffusion"
     schedule: NoiseSchedule = field(default_factory=CosineSchedule)
     objective: str = "v"
     weighting: str = "min_snr"
@@ -79,19 +81,15 @@ class Diffusion:
             )
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Diffusion:
-        """Build from plain containers, as :meth:`as_dict` makes them; unknown keys are refused by name."""
-        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
-        if unknown:
-            raise ConfigurationError(f"unknown diffusion setting(s): {', '.join(unknown)}")
-        settings = dict(values)
-        if "schedule" in settings:
-            settings["schedule"] = schedule_from_dict(settings["schedule"])
-        return cls(**settings)
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """See :meth:`Settings.from_dict`; the schedule by its own plain containers."""
+        if "schedule" in values:
+            values = {**values, "schedule": schedule_from_dict(values["schedule"])}
+        return super().from_dict(values)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain containers for a checkpoint."""
-        return {key: getattr(self, key) for key in self.__dataclass_fields__} | {"schedule": self.schedule.as_dict()}
+        return {entry.name: getattr(self, entry.name) for entry in fields(self)} | {"schedule": self.schedule.as_dict()}
 
     def alpha_sigma_like(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """α(t) and σ(t) in float32 as (B, 1, ...), to multiply with x (B, C, ...); t is (B,) or a scalar."""

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from errors import ConfigurationError
+from vq_gan_3d.settings import Settings
 
 
 @dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Settings):
     """Shape of the adapters.
 
     Attributes:
@@ -29,6 +30,7 @@ class LoraConfig:
         targets: patterns of module names (``fnmatch``); all linear and Conv3d layers that match one are adapted.
     """
 
+    subject: ClassVar[str] = "LoRA"
     rank: int = 8
     alpha: float = 8.0
     targets: tuple[str, ...] = ("*query", "*key_value", "*out", "*conv_space", "*conv_channels")
@@ -36,18 +38,6 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ConfigurationError(f"lora.rank={self.rank}: it must be at least 1")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LoraConfig:
-        """Build from plain containers; unknown keys are refused by name."""
-        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
-        if unknown:
-            raise ConfigurationError(f"unknown LoRA setting(s): {', '.join(unknown)}")
-        return cls(**{**values, **({"targets": tuple(values["targets"])} if "targets" in values else {})})
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain containers for a checkpoint."""
-        return asdict(self)
 
 
 class LoraLayer(nn.Module):

@@ -13,11 +13,11 @@ conditions come in:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
-from typing import Any
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +29,11 @@ from ddpm.time_embedding import TimeEmbedding
 from ddpm.unet_blocks import Attention, Modulation, ResidualBlock, zero_out
 from errors import ConfigurationError, InputError
 from vq_gan_3d.encoder_decoder import ChannelNorm, Stride, depth_to_space, repeat_over_shuffle, space_to_depth
+from vq_gan_3d.settings import Settings
 
 
 @dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(Settings):
     """Everything that shapes the U-Net; plain numbers that travel in every checkpoint. Levels count fine to coarse.
 
     Attributes:
@@ -51,6 +52,7 @@ class UNetConfig:
         checkpointing: recompute each block in the backward pass: less memory, about a third more time.
     """
 
+    subject: ClassVar[str] = "U-Net"
     in_channels: int = 4
     extra_channels: int = 0
     out_channels: int = 4
@@ -89,18 +91,6 @@ class UNetConfig:
         if self.token_channels and not self.attention_levels:
             raise ConfigurationError("unet.token_channels needs a level in unet.attention_levels to attend from")
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> UNetConfig:
-        """Build from plain containers (lists become tuples); unknown keys are refused by name."""
-        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
-        if unknown:
-            raise ConfigurationError(f"unknown U-Net setting(s): {', '.join(unknown)}")
-        return cls(**{key: _to_tuple(value) for key, value in values.items()})
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain containers for a checkpoint."""
-        return asdict(self)
-
     @property
     def total_stride(self) -> Stride:
         """Latent cells per cell of the coarsest level along D, H, W."""
@@ -118,10 +108,6 @@ class UNetConfig:
             grid = [size // step for size, step in zip(grid, stride, strict=True)]
             shapes.append((grid[0], grid[1], grid[2]))
         return tuple(shapes)
-
-
-def _to_tuple(value: Any) -> Any:
-    return tuple(_to_tuple(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 def _outer_conv(inputs: int, outputs: int) -> nn.Conv3d:

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
+from dataset.from_config import run_config
 from dataset.geometry import crop_or_pad
 from dataset.xray import load_xray
 from dataset.xray_drr import read_info, read_line_integrals
@@ -167,16 +168,15 @@ def open_run(run: Path, checkpoint: Path | None, codec: Path | None, cases: int 
         InputError: no such run, or a checkpoint or data cannot be read.
         ConfigurationError: a number of cases below 1, or a device that is not there.
     """
-    record = run / "config.yaml"
-    if not record.is_file():
-        raise InputError(f"{record}: not there: --run wants the output_dir of a diffusion training")
+    config = run_config(run)
     if cases is not None and cases < 1:
         raise ConfigurationError(f"--cases {cases}: give 1 or more")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigurationError(f"--device {device}: no CUDA GPU here: use --device cpu")
-    config = OmegaConf.load(record)
-    if not isinstance(config, DictConfig) or OmegaConf.select(config, "model.conditioner") is None:
-        raise InputError(f"{record}: of another training: --run wants the output_dir of a diffusion training")
+    if OmegaConf.select(config, "model.conditioner") is None:
+        raise InputError(
+            f"{run / 'config.yaml'}: of another training: --run wants the output_dir of a diffusion training"
+        )
     path = checkpoint or run / "checkpoints" / "final.ckpt"
     generator = load_ddpm(path, codec, device)
     config.validation.cases = cases or 1_000_000

@@ -20,7 +20,7 @@ from dataset.geometry import crop_or_pad
 from dataset.intensity import HUWindow
 from dataset.prepared import PreparedVolume
 from dataset.volume_io import Volume, write_nifti
-from errors import ExitCode, InputError, run_command
+from errors import ExitCode, run_command
 from evaluation.metrics.codebook import CodeUsage
 from evaluation.metrics.image import volume_metrics
 from evaluation.panels import comparison_panel
@@ -115,14 +115,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace) -> int:
     """Evaluate a run; exit 1 if it was a demo and missed its threshold."""
-    from dataset.from_config import data_module  # imports Lightning, which --help need not wait for
+    from dataset.from_config import data_module, run_config  # imports Lightning, which --help need not wait for
 
-    record = arguments.run / "config.yaml"
-    if not record.is_file():
-        raise InputError(f"{record}: not there: --run wants the output_dir of a training run")
-    config = OmegaConf.load(record)
+    config = run_config(arguments.run)
     codec, window = load_codec(arguments.checkpoint or arguments.run / "checkpoints" / "final.ckpt", arguments.device)
-    data = data_module(config)  # type: ignore[arg-type]
+    data = data_module(config)
     data.build(0, 1)
     output = arguments.output or arguments.run / "sample_reconstructions"
     report = evaluate(data.datasets["validation"].volumes, codec, window, output)

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from dataset.atomic import atomic_write
+from dataset.atomic import atomic_write, make_folder
 from dataset.intensity import HUWindow
 from dataset.sources import NiftiSource, StoreSource, VolumeSource, find_nifti, find_stores
 from dataset.store import SUFFIX
 from dataset.tiling import HaloTiling, Tiling, Triple, round_up
 from dataset.volume_io import Volume
-from errors import ConfigurationError, ExitCode, InputError, StorageError, one_line
+from errors import ConfigurationError, ExitCode, InputError, one_line
 from evaluation.metrics.image import ssim_3d
 from evaluation.metrics.streamed import MetricSums
 from patchwise_512x512x604.utils.reconstruction import TILE_DHW, ReconstructionResult, reconstruct_volume
@@ -249,19 +249,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     make_folder(path.parent)
     with atomic_write(path) as handle:
         handle.write(json.dumps(_finite(content), indent=2, allow_nan=False).encode())
-
-
-def make_folder(folder: Path) -> Path:
-    """A folder for results.
-
-    Raises:
-        StorageError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be created ({error.strerror}): choose another --output") from error
-    return folder
 
 
 def print_table(rows: Sequence[dict[str, Any]], columns: Sequence[tuple[str, str, str]]) -> None:

@@ -5,10 +5,10 @@ Nothing here knows Lightning, Hydra or a training loop: inference, latents and t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from math import prod
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,11 @@ from vq_gan_3d.code_norm import CodeNorm
 from vq_gan_3d.codebook import build_quantizer
 from vq_gan_3d.encoder_decoder import Decoder, Encoder, Stage, Stride
 from vq_gan_3d.quantizer import Quantized
+from vq_gan_3d.settings import Settings
 
 
 @dataclass(frozen=True)
-class CodecConfig:
+class CodecConfig(Settings):
     """Everything that shapes the codec; plain numbers that travel in every checkpoint.
 
     Attributes:
@@ -40,6 +41,7 @@ class CodecConfig:
         entropy_weight: weight of the missing entropy of code use, in nats (``fsq``).
     """
 
+    subject: ClassVar[str] = "codec"
     widths: tuple[int, ...] = (64, 128, 320)
     strides: tuple[Stride, ...] = ((2, 2, 2), (1, 2, 2), (2, 1, 1))
     encoder_blocks: tuple[int, ...] = (2, 1, 4)
@@ -71,18 +73,6 @@ class CodecConfig:
                 "FSQ takes one channel for each level"
             )
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> CodecConfig:
-        """Build from plain containers (lists become tuples); unknown keys are refused by name."""
-        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
-        if unknown:
-            raise ConfigurationError(f"unknown codec setting(s): {', '.join(unknown)}")
-        return cls(**{key: _to_tuple(value) for key, value in values.items()})
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain containers for a checkpoint."""
-        return asdict(self)
-
     @property
     def total_stride(self) -> Stride:
         """Voxels per latent cell along D, H, W."""
@@ -106,10 +96,6 @@ class CodecConfig:
             return reach[0], reach[1], reach[2]
 
         return halo(self.encoder_blocks), halo(self.decoder_blocks)
-
-
-def _to_tuple(value: Any) -> Any:
-    return tuple(_to_tuple(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 class Reconstruction(NamedTuple):

@@ -66,17 +66,14 @@ def parse_arguments() -> argparse.Namespace:
 def main(arguments: argparse.Namespace) -> int:
     """Score the held-out volumes of a run."""
     import numpy as np
-    from omegaconf import OmegaConf
 
     from dataset.atomic import atomic_write
+    from dataset.from_config import run_config
     from ddpm.classifier.stage import labelled_data
     from ddpm.prepare import label_of
     from evaluation.metrics.statistics import auroc_interval, delong
 
-    record = arguments.run / "config.yaml"
-    if not record.is_file():
-        raise InputError(f"{record}: not there: --run wants the output_dir of a training run")
-    config: Any = OmegaConf.load(record)
+    config: Any = run_config(arguments.run)
     codec = arguments.codec or (Path(config.pretrained_vqgan) if config.get("pretrained_vqgan") else None)
     data = labelled_data(config)
     data.build(0, 1)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +12,13 @@ from torch import Tensor, nn
 from errors import ConfigurationError
 from params import HU_MAX, HU_MIN, PE_WINDOW
 from vq_gan_3d.encoder_decoder import Encoder, Stage, Stride
+from vq_gan_3d.settings import Settings
 
 INPUTS = ("volume", "latent")
 
 
 @dataclass(frozen=True)
-class ClassifierConfig:
+class ClassifierConfig(Settings):
     """Everything that shapes the classifier; plain numbers that travel in every checkpoint.
 
     Attributes:
@@ -32,6 +32,7 @@ class ClassifierConfig:
         hu_max: HU of 1 (volumes).
     """
 
+    subject: ClassVar[str] = "classifier"
     input: str = "volume"
     in_channels: int = 1
     widths: tuple[int, ...] = (32, 64, 96)
@@ -51,22 +52,6 @@ class ClassifierConfig:
             )
         if self.input == "volume" and self.in_channels != 1:
             raise ConfigurationError(f"model.in_channels={self.in_channels}: volumes have one channel")
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ClassifierConfig:
-        """Build from plain containers (lists become tuples); unknown keys are refused by name."""
-        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
-        if unknown:
-            raise ConfigurationError(f"unknown classifier setting(s): {', '.join(unknown)}")
-        return cls(**{key: _to_tuple(value) for key, value in values.items()})
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain containers for a checkpoint."""
-        return asdict(self)
-
-
-def _to_tuple(value: Any) -> Any:
-    return tuple(_to_tuple(item) for item in value) if isinstance(value, list | tuple) else value
 
 
 class PEClassifier(nn.Module):

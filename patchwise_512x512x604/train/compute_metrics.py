@@ -39,6 +39,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace) -> int:
     """Measure all cases; 4 if some could not be read."""
+    from dataset.atomic import make_folder
     from evaluation.metrics.codebook import CodeUsage
     from evaluation.metrics.seams import seam_ratio
     from evaluation.metrics.statistics import bootstrap
@@ -47,7 +48,7 @@ def main(arguments: argparse.Namespace) -> int:
     say = shared.start_logging()
     cases = shared.find_cases(arguments.test_data)
     model = shared.load_model(arguments)
-    shared.make_folder(arguments.output.parent)
+    make_folder(arguments.output.parent)
     usage = CodeUsage(model.codec.config.n_codes)
     rows: list[dict[str, Any]] = []
     loop = shared.CaseLoop()

@@ -26,6 +26,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace) -> int:
     """Write what was asked for; 4 if some cases could not be read."""
+    from dataset.atomic import make_folder
     from dataset.volume_io import Volume, write_nifti
     from errors import ConfigurationError
     from evaluation.panels import comparison_panel
@@ -42,7 +43,8 @@ def main(arguments: argparse.Namespace) -> int:
     else:
         cases = shared.find_cases(arguments.data_dir)
     model = shared.load_model(arguments)
-    folder = shared.make_folder(arguments.output or shared.run_of(arguments.checkpoint) / "sample_reconstructions")
+    folder = arguments.output or shared.run_of(arguments.checkpoint) / "sample_reconstructions"
+    make_folder(folder)
     loop = shared.CaseLoop()
     for case, volume in loop.over(cases[: arguments.num_samples]):
         result = model.reconstruct(volume.hu)

@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace) -> int:
     """Validate; 4 if some volumes could not be read."""
-    from dataset.atomic import atomic_write
+    from dataset.atomic import atomic_write, make_folder
     from dataset.sources import default_cache, prepare_all
     from errors import ConfigurationError, ExitCode, InputError
     from evaluation.metrics.codebook import CodeUsage
@@ -58,7 +58,8 @@ def main(arguments: argparse.Namespace) -> int:
     cases = shared.find_cases(arguments.data_dir)
     model = shared.load_model(arguments)
     patch = shared.checked_tile(arguments.patch_size, model.codec) or patch_size_of(arguments.checkpoint)
-    folder = shared.make_folder(arguments.output)
+    folder = arguments.output
+    make_folder(folder)
     volumes, failed = prepare_all(cases, None, arguments.cache_dir or default_cache(), "volumes")
     for reason in failed.values():
         shared.log.warning("skipped %s", reason)

@@ -7,8 +7,6 @@ computing and writing overlap, each in a thread of its own.
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from errors import ConfigurationError
 from patchwise_512x512x604.utils.background import WriteBehind, read_ahead
 from patchwise_512x512x604.utils.patch_utils import Kind, Stitcher, Write
 from vq_gan_3d.codec import VQCodec
+from vq_gan_3d.memory import peak_rss_bytes
 from vq_gan_3d.tiled import CodeSlab, HUArray, code_grid, decode_slabs, encode_slabs, read_padded
 from vq_gan_3d.tiled_batches import TileRunner, tile_bytes
 
@@ -207,4 +206,4 @@ def _count(indices: Tensor, counts: Tensor) -> None:
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak_rss_bytes()

@@ -130,10 +130,11 @@ def zipped_zeros(front, count):
 
 
 READ_ALL = """
-import json, resource, sys, time
+import json, sys, time
+from vq_gan_3d.memory import peak_rss_bytes
 from dataset.volume_io import read_nifti
 from errors import InputError
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = lambda: peak_rss_bytes() / 2**20
 rows = []
 for path in json.load(sys.stdin):
     before, began = peak(), time.process_time()

@@ -160,14 +160,15 @@ def test_a_file_replaced_while_it_is_read_is_not_remembered(folder, tmp_path, mo
 # ---------------------------------------------------------------- T44
 
 FUZZ = """
-import json, random, resource, sys, time
+import json, random, sys, time
+from vq_gan_3d.memory import peak_rss_bytes
 from pathlib import Path
 import numpy as np
 from dataset.store import open_store
 from dataset.verification import kind_of, verify_file
 from dataset.volume_io import read_nifti
 source, count = Path(sys.argv[1]), int(sys.argv[2])
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = lambda: peak_rss_bytes() / 2**20
 def content(path):
     volume = open_store(path) if kind_of(path) == "store" else read_nifti(path)
     return np.asarray(volume.hu[...]), volume.affine, getattr(volume, "metadata", None)

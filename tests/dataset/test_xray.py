@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import struct
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.memory import PeakMemory
 from dataset.xray import load_xray
 from dataset.xray_decode import MAX_PIXELS, decode_xray
 from errors import ConfigurationError, InputError
@@ -124,17 +124,18 @@ def png_bomb(path, side):
 
 
 MEASURED = """
-import resource, sys, time
+import sys, time
+from vq_gan_3d.memory import peak_rss_bytes
 from dataset.{module} import {function}
 from errors import InputError
 for path in sys.argv[1:]:
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    before, start = peak_rss_bytes(), time.process_time()
     try:
         {function}(path); verdict = "read"
     except InputError as error:
         verdict = "refused: " + str(error)
-    seconds, grown = time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(seconds, grown / 1024, verdict, sep="|")
+    seconds, grown = time.process_time() - start, peak_rss_bytes() - before
+    print(seconds, grown / 2**20, verdict, sep="|")
 """
 
 
@@ -180,27 +181,28 @@ def test_t44_damaged_files_give_one_line_each(tmp_path):
         "r.dcm": save_dicom(tmp_path / "r.dcm", syntax="1.2.840.10008.1.2.5").read_bytes(),
     }
     rng = np.random.default_rng(0)
-    before, lines = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
-    for name, data in samples.items():
-        for number in range(45):
-            mutated = bytearray(data)
-            if number % 3 == 0:
-                mutated = mutated[: rng.integers(1, len(data))]
-            else:
-                # headers are where the harm is
-                end = len(data) if number % 3 == 1 else min(len(data), 1200)
-                for at in rng.integers(0, end, rng.integers(1, 12)):
-                    mutated[at] = rng.integers(0, 256)
-            (tmp_path / name).write_bytes(mutated)
-            start = time.monotonic()
-            try:
-                load_xray(tmp_path / name, 32)
-            except InputError as error:
-                lines.append((name, str(error)))
-            assert time.monotonic() - start < 2
+    lines = []
+    with PeakMemory() as memory:
+        for name, data in samples.items():
+            for number in range(45):
+                mutated = bytearray(data)
+                if number % 3 == 0:
+                    mutated = mutated[: rng.integers(1, len(data))]
+                else:
+                    # headers are where the harm is
+                    end = len(data) if number % 3 == 1 else min(len(data), 1200)
+                    for at in rng.integers(0, end, rng.integers(1, 12)):
+                        mutated[at] = rng.integers(0, 256)
+                (tmp_path / name).write_bytes(mutated)
+                start = time.monotonic()
+                try:
+                    load_xray(tmp_path / name, 32)
+                except InputError as error:
+                    lines.append((name, str(error)))
+                assert time.monotonic() - start < 2
     assert len(lines) > 80
     assert [line for name, line in lines if name not in line or "\n" in line] == []
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 500
+    assert memory.bytes < 500e6
 
 
 def test_bad_sizes_are_a_configuration_error(tmp_path):

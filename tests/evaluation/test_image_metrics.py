@@ -247,10 +247,11 @@ def test_pairs_that_do_not_match(shapes):
 
 
 MEMORY = """
-import resource, torch
+import torch
+from vq_gan_3d.memory import peak_rss_bytes
 from evaluation.metrics.image import volume_metrics
 from dataset.intensity import HUWindow
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = lambda: peak_rss_bytes() / 2**20
 torch.set_num_threads(1)
 pred, target = torch.rand(150, 256, 256), torch.rand(150, 256, 256)
 volume_metrics(pred[:50], target[:50], HUWindow())

@@ -162,10 +162,11 @@ def test_wrong_order_size_number_and_kind_are_refused() -> None:
 
 
 PEAK = """
-import resource, sys
+import sys
 import numpy as np
 from dataset.tiling import Tiling
 from patchwise_512x512x604.utils.patch_utils import Stitcher
+from vq_gan_3d.memory import peak_rss_bytes
 depth = int(sys.argv[1])
 tiling = Tiling((depth, 512, 512), (128, 256, 256), 0.25, (4, 4, 4))
 tile, wrong, seen = np.full(tiling.tile_dhw, 0.1, np.float32), 0, 0
@@ -176,7 +177,7 @@ stitcher = Stitcher(tiling, "linear", write)
 for start in tiling:
     stitcher.add(start, tile)
 stitcher.finish()
-print(len(tiling), wrong, seen, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(len(tiling), wrong, seen, peak_rss_bytes() // 2**20)
 """
 
 

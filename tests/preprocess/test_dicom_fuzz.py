@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import random
-import resource
 import time
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+from benchmarks.memory import PeakMemory
 from errors import InputError
 from preprocess.dicom_header import NotDicomError, NotImageError, read_header
 from preprocess.dicom_index import identify
@@ -93,10 +93,10 @@ def check(path: Path, others: list[Path], content: bytes, seed: int, count: int)
 @pytest.mark.parametrize("kind", ["explicit", "implicit", "deflated", "rle", "enhanced"])
 def test_t44_mutated_files_raise_input_error_only(tmp_path: Path, kind: str) -> None:
     path, *others = kinds(tmp_path)[kind]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refused = check(path, others, path.read_bytes(), seed=44, count=MUTATIONS)
+    with PeakMemory() as memory:
+        refused = check(path, others, path.read_bytes(), seed=44, count=MUTATIONS)
     assert refused > MUTATIONS // 4
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
+    assert memory.bytes < 500e6
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data/dicom")
