@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -22,6 +22,37 @@ TILE_OVERLAP = 0.25
 # Tile starts are multiples of this where the tile's size allows it, so that they fall on cells of any codec of stride
 # 4 or 8, and the halves of overlaps on cells of stride 4.
 TILE_STEP_VOX = 8
+
+
+def first_readable(
+    volumes: Sequence[PreparedVolume], index: int, read: Callable[[int], dict[str, Any]]
+) -> dict[str, Any]:
+    """The sample of a volume, or of the next one that can be read.
+
+    Args:
+        volumes: all there are.
+        index: of the wanted one; it wraps around.
+        read: number of a volume -> sample.
+
+    Returns:
+        The sample with ``name`` and ``skipped`` [(name, reason)].
+
+    Raises:
+        InputError: none can be read, or one failed in a way in which reading must not fail.
+    """
+    skipped: list[tuple[str, str]] = []
+    for attempt in range(len(volumes)):
+        number = (index + attempt) % len(volumes)
+        volume = volumes[number]
+        try:
+            return read(number) | {"name": volume.name, "skipped": skipped}
+        except InputError as error:
+            skipped.append((volume.name, str(error)))
+        except (ProjectError, MemoryError):
+            raise
+        except Exception as error:  # not what reading may raise: no skip, but the sample must be named
+            raise InputError(f"{volume.path}: {volume.name} failed ({type(error).__name__}: {error})") from error
+    raise InputError(f"none of {len(volumes)} volumes can be read; the last: {skipped[-1][1]}")
 
 
 class VolumeDataset(Dataset[dict[str, Any]]):
@@ -67,18 +98,7 @@ class VolumeDataset(Dataset[dict[str, Any]]):
             ``hu`` int16 (1, D, H, W), ``affine`` (4, 4) float64, ``name``, ``skipped`` [(name, reason)].
         """
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        skipped: list[tuple[str, str]] = []
-        for attempt in range(len(self.volumes)):
-            volume = self.volumes[(index + attempt) % len(self.volumes)]
-            try:
-                return self._sample(volume, epoch, index) | {"skipped": skipped}
-            except InputError as error:
-                skipped.append((volume.name, str(error)))
-            except (ProjectError, MemoryError):
-                raise
-            except Exception as error:  # not what reading may raise: no skip, but the sample must be named
-                raise InputError(f"{volume.path}: {volume.name} failed ({type(error).__name__}: {error})") from error
-        raise InputError(f"none of {len(self.volumes)} volumes can be read; the last: {skipped[-1][1]}")
+        return first_readable(self.volumes, index, lambda number: self._sample(self.volumes[number], epoch, index))
 
     def _sample(self, volume: PreparedVolume, epoch: int, index: int) -> dict[str, Any]:
         hu, affine = volume.open(), volume.affine
@@ -92,7 +112,7 @@ class VolumeDataset(Dataset[dict[str, Any]]):
             )  # it slices as an array does
         else:
             crop = np.asarray(hu)
-        return {"hu": torch.from_numpy(crop[None]), "affine": affine, "name": volume.name}
+        return {"hu": torch.from_numpy(crop[None]), "affine": affine}
 
 
 class TileDataset(Dataset[dict[str, Any]]):

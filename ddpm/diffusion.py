@@ -30,7 +30,7 @@ from errors import ConfigurationError
 from vq_gan_3d.settings import Settings
 
 OBJECTIVES = ("v", "epsilon", "x0", "flow")
-WEIGHTINGS = ("min_snr", "none")
+WEIGHTINGS = ("none", "min_snr")
 TIME_SAMPLINGS = ("uniform", "logit_normal")
 Predictor = Callable[[Tensor, Tensor], Tensor]  # x_t (B, C, ...), t (B,) -> output (B, C, ...)
 
@@ -60,7 +60,7 @@ class Diffusion(Settings):
     subject: ClassVar[str] = "diffusion"
     schedule: NoiseSchedule = field(default_factory=CosineSchedule)
     objective: str = "v"
-    weighting: str = "min_snr"
+    weighting: str = "none"
     gamma: float = 5.0
     time_sampling: str = "uniform"
 

@@ -19,11 +19,11 @@ from dataset.patch_sampling import random_start
 from dataset.prepared import PreparedVolume
 from dataset.projection import View
 from dataset.ray_grid import ray_grid
+from dataset.volume_dataset import first_readable
 from dataset.xray import load_xray
 from dataset.xray_augment import XRayAugmentation, augment_xray, augmentation_generator
 from dataset.xray_drr import read_info
 from ddpm.conditions import UNKNOWN_LABEL, ConditionBatch, positions
-from errors import InputError, ProjectError
 from vq_gan_3d.latent_files import LatentFile
 from vq_gan_3d.latents import LatentScaler
 
@@ -101,17 +101,13 @@ class LatentDataset(Dataset[dict[str, Any]]):
         crops_per_volume: int = 1,
     ) -> None:
         self.cases = list(cases)
+        self.volumes = [case.volume for case in cases]
         self.settings = settings
         self.scaler = scaler
         self.training = training
         self.crops_per_volume = crops_per_volume
         self._xrays: OrderedDict[tuple[int, Path], tuple[Tensor, Tensor]] = OrderedDict()
         self._contexts: dict[int, Tensor] = {}
-
-    @property
-    def volumes(self) -> list[PreparedVolume]:
-        """Of all cases, in order."""
-        return [case.volume for case in self.cases]
 
     def __len__(self) -> int:
         return len(self.cases) * self.crops_per_volume
@@ -127,19 +123,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
             ``name``, ``skipped``; outside training ``hu`` int16 (1, D, H, W).
         """
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        skipped: list[tuple[str, str]] = []
-        for attempt in range(len(self.cases)):
-            number = (index + attempt) % len(self.cases)
-            case = self.cases[number]
-            try:
-                return self._sample(number, epoch, index) | {"name": case.name, "skipped": skipped}
-            except InputError as error:
-                skipped.append((case.name, str(error)))
-            except (ProjectError, MemoryError):
-                raise
-            except Exception as error:  # not what reading may raise: no skip, but the sample must be named
-                raise InputError(f"{case.latent.path}: {case.name} failed ({type(error).__name__}: {error})") from error
-        raise InputError(f"none of {len(self.cases)} cases can be read; the last: {skipped[-1][1]}")
+        return first_readable(self.volumes, index, lambda number: self._sample(number, epoch, index))
 
     def _sample(self, number: int, epoch: int, index: int) -> dict[str, Any]:
         case, s = self.cases[number], self.settings

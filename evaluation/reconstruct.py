@@ -22,6 +22,7 @@ from dataset.prepared import PreparedVolume
 from dataset.volume_io import Volume, write_nifti
 from errors import ExitCode, run_command
 from evaluation.metrics.codebook import CodeUsage
+from evaluation.metrics.columns import IMAGE_COLUMNS
 from evaluation.metrics.image import volume_metrics
 from evaluation.panels import comparison_panel
 from vq_gan_3d.codec import VQCodec
@@ -29,12 +30,7 @@ from vq_gan_3d.pretrained import load_codec
 
 # What the table shows: key, heading, format. The last two are the predecessor's measures under their honest names.
 COLUMNS = (
-    ("psnr_db", "PSNR 3D dB", "{:.2f}"),
-    ("psnr_slice_db", "PSNR slice dB", "{:.2f}"),
-    ("psnr_pe_window_db", "PSNR PE-window dB", "{:.2f}"),
-    ("ssim", "SSIM 3D", "{:.4f}"),
-    ("mae_hu", "MAE HU", "{:.1f}"),
-    ("bias_hu", "bias HU", "{:+.1f}"),
+    *IMAGE_COLUMNS,
     ("pearson_r", "Pearson r*", "{:.4f}"),
     ("psnr_minmax_db", "min-max PSNR dB*", "{:.2f}"),
 )

@@ -11,16 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from errors import run_command
+from evaluation.metrics.columns import IMAGE_COLUMNS
 from patchwise_512x512x604.options import add_arguments
 
 # key, heading, format
 COLUMNS = (
-    ("psnr_db", "PSNR 3D dB", "{:.2f}"),
-    ("psnr_slice_db", "PSNR slice dB", "{:.2f}"),
-    ("psnr_pe_window_db", "PSNR PE-window dB", "{:.2f}"),
-    ("ssim", "SSIM 3D", "{:.4f}"),
-    ("mae_hu", "MAE HU", "{:.1f}"),
-    ("bias_hu", "bias HU", "{:+.1f}"),
+    *IMAGE_COLUMNS,
     ("code_usage", "codes used", "{:.1%}"),
     ("seam_ratio", "seam ratio", "{:.3f}"),
     ("seconds", "seconds", "{:.1f}"),

@@ -160,7 +160,7 @@ def test_targets_invert_to_clean_and_noise(schedule: NoiseSchedule, objective: s
 @pytest.mark.parametrize(("schedule", "objective"), pairs(), ids=ids)
 def test_min_snr_counts_the_error_of_x0(schedule: NoiseSchedule, objective: str) -> None:
     # Whatever the objective: weight × squared error of the output = min(SNR, γ) × squared error of x0.
-    diffusion, t = Diffusion(schedule, objective, gamma=5.0), torch.linspace(0.05, 0.95, 19)
+    diffusion, t = Diffusion(schedule, objective, "min_snr", gamma=5.0), torch.linspace(0.05, 0.95, 19)
     x_t, output, error = torch.randn(19, 1), torch.randn(19, 1), torch.full((19, 1), 0.1)
     moved = diffusion.to_x0(output + error, x_t, t) - diffusion.to_x0(output, x_t, t)
     expected = schedule.log_snr(t).exp().clamp(max=5.0) * moved.square().flatten()
@@ -170,9 +170,13 @@ def test_min_snr_counts_the_error_of_x0(schedule: NoiseSchedule, objective: str)
 def test_min_snr_has_the_published_weights() -> None:
     t = torch.linspace(0.01, 0.99, 99)
     snr = CosineSchedule().log_snr(t).exp()
-    torch.testing.assert_close(Diffusion(objective="epsilon").loss_weight(t), snr.clamp(max=5) / snr)
-    torch.testing.assert_close(Diffusion(objective="v").loss_weight(t), snr.clamp(max=5) / (snr + 1))
-    torch.testing.assert_close(Diffusion(objective="x0").loss_weight(t), snr.clamp(max=5))
+    for objective, expected in (
+        ("epsilon", snr.clamp(max=5) / snr),
+        ("v", snr.clamp(max=5) / (snr + 1)),
+        ("x0", snr.clamp(max=5)),
+    ):
+        weight = Diffusion(objective=objective, weighting="min_snr").loss_weight(t)
+        torch.testing.assert_close(weight, expected)
     assert (Diffusion(weighting="none").loss_weight(t) == 1).all()
 
 
@@ -186,7 +190,8 @@ def test_weights_are_finite_at_both_ends(schedule: NoiseSchedule, objective: str
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_losses_are_those_of_each_sample(objective: str) -> None:
-    diffusion, t = Diffusion(objective=objective, gamma=2.0), torch.tensor([0.2, 0.5, 0.8])
+    diffusion = Diffusion(objective=objective, weighting="min_snr", gamma=2.0)
+    t = torch.tensor([0.2, 0.5, 0.8])
     x0, noise = torch.randn(3, 2, 4, 4, 4), torch.randn(3, 2, 4, 4, 4)
     target = diffusion.target(x0, noise, t)
     torch.testing.assert_close(diffusion.losses(lambda x, t: target, x0, noise, t), torch.zeros(3))

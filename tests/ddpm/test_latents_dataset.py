@@ -100,7 +100,7 @@ def test_a_bad_case_is_replaced_and_named(cases: list[LatentCase], tmp_path: Pat
     sample = data[(0, 0)]
     assert sample["name"] == cases[1].name
     assert [name for name, _ in sample["skipped"]] == [cases[0].name]
-    with pytest.raises(InputError, match=r"none of 1 cases.*gone\.png"):
+    with pytest.raises(InputError, match=r"none of 1 volumes.*gone\.png"):
         dataset([broken])[0]
     batch = collate_latents([sample, data[(0, 1)]])
     assert batch["code"].shape[0] == 2

@@ -20,31 +20,11 @@ from ddpm.lora import (
     unmerge_lora,
 )
 from ddpm.lora_file import base_digest, load_adapter, save_adapter
-from ddpm.unet import UNet3D, UNetConfig
+from ddpm.unet import UNet3D
 from errors import ConfigurationError, InputError
+from tests.ddpm.tiny import TINY_UNET, awake_unet
 
-CONFIG = UNetConfig(
-    in_channels=2,
-    out_channels=2,
-    widths=(16, 32),
-    strides=((1, 2, 2), (2, 2, 2)),
-    blocks=(1, 1),
-    attention_levels=(1,),
-    heads=2,
-    embedding_channels=32,
-)
 LORA = LoraConfig(rank=4, alpha=8.0)
-
-
-def trained(seed: int = 0) -> UNet3D:
-    """A network whose weights are all in use, as after training."""
-    torch.manual_seed(seed)
-    net = UNet3D(CONFIG)
-    with torch.no_grad():
-        for parameter in net.parameters():
-            if not parameter.any():
-                parameter.normal_(0, 0.1)
-    return net
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -72,7 +52,7 @@ def fine_tune(net: UNet3D, steps: int = 30) -> list[float]:
 
 
 def test_adapters_change_nothing_at_the_start() -> None:
-    net = trained()
+    net = awake_unet()
     before = net(*batch())
     names = inject_lora(net, LORA)
     assert len(names) == 4 * 2 + 2 * 3  # both convolutions of four residual blocks, three layers of two attentions
@@ -80,7 +60,7 @@ def test_adapters_change_nothing_at_the_start() -> None:
 
 
 def test_only_adapters_move_and_the_loss_falls() -> None:
-    net = trained()
+    net = awake_unet()
     names = inject_lora(net, LORA)
     before = state_of(net)
     losses = fine_tune(net)
@@ -92,14 +72,14 @@ def test_only_adapters_move_and_the_loss_falls() -> None:
 
 
 def test_adapters_are_few_numbers() -> None:
-    net = trained()
+    net = awake_unet()
     total = sum(p.numel() for p in net.parameters())
     inject_lora(net, LoraConfig(rank=1))
     assert sum(p.numel() for p in lora_parameters(net)) < 0.1 * total
 
 
 def test_merged_equals_unmerged_and_unmerging_restores_every_bit() -> None:
-    net = trained()
+    net = awake_unet()
     inject_lora(net, LORA)
     fine_tune(net)
     before, beside = state_of(net), net(*batch())
@@ -115,7 +95,7 @@ def test_merged_equals_unmerged_and_unmerging_restores_every_bit() -> None:
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_removing_gives_the_model_back(merged: bool) -> None:
-    net = trained()
+    net = awake_unet()
     before = state_of(net)
     inject_lora(net, LORA)
     fine_tune(net, 5)
@@ -128,7 +108,7 @@ def test_removing_gives_the_model_back(merged: bool) -> None:
 
 
 def test_removing_can_keep_the_update() -> None:
-    net = trained()
+    net = awake_unet()
     inject_lora(net, LORA)
     fine_tune(net, 5)
     adapted = net(*batch())
@@ -162,7 +142,7 @@ def test_convolutions_of_any_stride_merge(stride: int) -> None:
 
 
 def test_a_saved_adapter_is_all_that_is_needed(tmp_path: Path) -> None:
-    net, path = trained(), tmp_path / "adapter.safetensors"
+    net, path = awake_unet(), tmp_path / "adapter.safetensors"
     base = state_of(net)
     inject_lora(net, LORA)
     fine_tune(net)
@@ -172,7 +152,7 @@ def test_a_saved_adapter_is_all_that_is_needed(tmp_path: Path) -> None:
     with safe_open(path, "pt") as file:
         names = set(file.keys())
     assert names == {f"{name}.{part}" for name, _ in lora_layers(net) for part in ("a", "b")}
-    other = UNet3D(CONFIG)
+    other = UNet3D(TINY_UNET)
     other.load_state_dict(base)
     config = load_adapter(path, other)
     assert (config.rank, config.alpha) == (LORA.rank, LORA.alpha)
@@ -181,18 +161,18 @@ def test_a_saved_adapter_is_all_that_is_needed(tmp_path: Path) -> None:
 
 
 def test_the_digest_of_the_base_ignores_adapters() -> None:
-    net = trained()
+    net = awake_unet()
     before = base_digest(net)
     inject_lora(net, LORA)
     fine_tune(net, 2)
     assert base_digest(net) == before
     merge_lora(net)
     assert base_digest(net) == before
-    assert base_digest(trained(1)) != before
+    assert base_digest(awake_unet(seed=1)) != before
 
 
 def saved(folder: Path) -> Path:
-    net, path = trained(), folder / "adapter.safetensors"
+    net, path = awake_unet(), folder / "adapter.safetensors"
     inject_lora(net, LORA)
     fine_tune(net, 2)
     save_adapter(path, net)
@@ -201,7 +181,7 @@ def saved(folder: Path) -> Path:
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"adapter\.safetensors: the adapter belongs to another model"):
-        load_adapter(saved(tmp_path), trained(1))
+        load_adapter(saved(tmp_path), awake_unet(seed=1))
 
 
 def test_t06_truncated_adapters_are_refused(tmp_path: Path) -> None:
@@ -209,7 +189,7 @@ def test_t06_truncated_adapters_are_refused(tmp_path: Path) -> None:
     content = path.read_bytes()
     for sixteenth in range(16):
         path.write_bytes(content[: len(content) * sixteenth // 16])
-        net = trained()
+        net = awake_unet()
         with pytest.raises(InputError, match=r"adapter\.safetensors: "):
             load_adapter(path, net)
         assert not list(lora_layers(net))
@@ -217,7 +197,7 @@ def test_t06_truncated_adapters_are_refused(tmp_path: Path) -> None:
 
 def test_t07_flipped_bits_are_noticed(tmp_path: Path) -> None:
     path = saved(tmp_path)
-    content, net = path.read_bytes(), trained()
+    content, net = path.read_bytes(), awake_unet()
     for place in (4, 100, len(content) // 2, len(content) - 1):
         damaged = bytearray(content)
         damaged[place] ^= 0x10
@@ -237,7 +217,7 @@ def test_t38_a_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     torch.save({"a": Hostile()}, path)
     with pytest.raises(InputError, match=r"adapter\.safetensors: no readable safetensors file"):
-        load_adapter(path, trained())
+        load_adapter(path, awake_unet())
     assert not canary.exists()
 
 
@@ -245,9 +225,9 @@ def test_other_safetensors_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.safetensors"
     save_file({"weight": torch.zeros(1)}, path)
     with pytest.raises(InputError, match=r"other\.safetensors: not a LoRA adapter"):
-        load_adapter(path, trained())
+        load_adapter(path, awake_unet())
     with pytest.raises(InputError, match=r"missing\.safetensors"):
-        load_adapter(tmp_path / "missing.safetensors", trained())
+        load_adapter(tmp_path / "missing.safetensors", awake_unet())
 
 
 def test_metadata_that_lie_are_refused(tmp_path: Path) -> None:
@@ -256,14 +236,14 @@ def test_metadata_that_lie_are_refused(tmp_path: Path) -> None:
         about = file.metadata()
     for config in ("{}", '{"rank": 3}', '{"rank": "x"}', "[", '{"evil": 1}'):
         save_file(load_file(path), path, metadata={**about, "config": config})
-        net = trained()
+        net = awake_unet()
         with pytest.raises(InputError, match="damaged adapter"):
             load_adapter(path, net)
         assert not list(lora_layers(net))
 
 
 def test_wrong_settings_are_refused(tmp_path: Path) -> None:
-    net = trained()
+    net = awake_unet()
     with pytest.raises(ConfigurationError, match="no adapters to save"):
         save_adapter(tmp_path / "x", net)
     with pytest.raises(ConfigurationError, match="matches 'attn'"):

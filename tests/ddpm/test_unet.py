@@ -16,31 +16,10 @@ from ddpm.samplers import SAMPLERS, NoiseSource, time_grid
 from ddpm.schedules import CosineSchedule, FlowSchedule
 from ddpm.unet import UNet3D, UNetConfig
 from errors import ConfigurationError, InputError
+from tests.ddpm.tiny import TINY_UNET, awake_unet
 
-TINY = UNetConfig(
-    in_channels=2,
-    out_channels=2,
-    widths=(16, 32),
-    strides=((1, 2, 2), (2, 2, 2)),
-    blocks=(1, 1),
-    attention_levels=(1,),
-    heads=2,
-    embedding_channels=32,
-)
-ALL = replace(TINY, extra_channels=1, lifted_channels=(3, 4), token_channels=5, vector_channels=6)
+ALL = replace(TINY_UNET, extra_channels=1, lifted_channels=(3, 4), token_channels=5, vector_channels=6)
 SIZE = (4, 8, 8)
-
-
-def make(config: UNetConfig, *, awake: bool = True) -> UNet3D:
-    """A network from a fixed seed; ``awake``: with weights in place of the zeros in which its branches start."""
-    torch.manual_seed(0)
-    net = UNet3D(config)
-    if awake:
-        with torch.no_grad():
-            for parameter in net.parameters():
-                if not parameter.any():
-                    parameter.normal_(0, 0.1)
-    return net
 
 
 def conditions_for(config: UNetConfig, batch: int, size: tuple[int, int, int] = SIZE) -> Conditions:
@@ -55,7 +34,7 @@ def conditions_for(config: UNetConfig, batch: int, size: tuple[int, int, int] = 
 
 def test_it_starts_at_zero() -> None:
     x, t = torch.randn(2, 2, *SIZE), torch.rand(2)
-    assert not make(TINY, awake=False)(x, t).any()
+    assert not UNet3D(TINY_UNET)(x, t).any()
 
 
 @given(
@@ -66,14 +45,14 @@ def test_any_size_and_stride(size: tuple[int, int, int], strides: tuple[tuple[in
     config = replace(ALL, strides=strides)
     x, t = torch.randn(2, 2, *size), torch.rand(2)
     with torch.no_grad():
-        assert make(config)(x, t, conditions_for(config, 2, size)).shape == x.shape
+        assert awake_unet(config)(x, t, conditions_for(config, 2, size)).shape == x.shape
 
 
 def test_level_shapes_are_those_of_the_features() -> None:
     config = UNetConfig()
     assert config.level_shapes((16, 64, 64)) == ((16, 32, 32), (8, 16, 16), (4, 8, 8))
     assert config.level_shapes((15, 61, 64)) == ((16, 32, 32), (8, 16, 16), (4, 8, 8))
-    net, seen = make(TINY), []
+    net, seen = awake_unet(TINY_UNET), []
     for blocks in net.down_blocks:
         blocks[0].register_forward_hook(lambda _, inputs, __: seen.append(tuple(inputs[0].shape[2:])))
     net(torch.randn(1, 2, 5, 7, 8), torch.rand(1))
@@ -81,7 +60,7 @@ def test_level_shapes_are_those_of_the_features() -> None:
 
 
 def _changed(change: Callable[[Conditions], Conditions]) -> Tensor:
-    net = make(ALL)
+    net = awake_unet(ALL)
     x, t, conditions = torch.randn(2, 2, *SIZE), torch.tensor([0.3, 0.7]), conditions_for(ALL, 2)
     with torch.no_grad():
         return net(x, t, change(conditions)) - net(x, t, conditions)
@@ -105,8 +84,8 @@ def test_every_condition_reaches_its_own_patient_only(name: str) -> None:
 
 
 def test_lifted_features_act_where_they_are() -> None:
-    config = replace(TINY, attention_levels=(), lifted_channels=(3, 0))
-    net, size = make(config), (4, 64, 64)
+    config = replace(TINY_UNET, attention_levels=(), lifted_channels=(3, 0))
+    net, size = awake_unet(config), (4, 64, 64)
     shapes = config.level_shapes(size)
     plain = (torch.zeros(1, 3, *shapes[0]), torch.zeros(1, 0, *shapes[1]))
     marked = (plain[0].clone(), plain[1])
@@ -119,14 +98,14 @@ def test_lifted_features_act_where_they_are() -> None:
 
 
 def test_time_changes_the_output() -> None:
-    net, x = make(TINY), torch.randn(1, 2, *SIZE)
+    net, x = awake_unet(TINY_UNET), torch.randn(1, 2, *SIZE)
     with torch.no_grad():
         assert float((net(x, torch.tensor([0.2])) - net(x, torch.tensor([0.8]))).abs().max()) > 1e-2
 
 
 def test_attention_tells_places_apart() -> None:
     # Constant input without attention is alike far from the edges; with it every place is known.
-    net = make(replace(TINY, strides=((1, 1, 1), (1, 1, 1))))
+    net = awake_unet(replace(TINY_UNET, strides=((1, 1, 1), (1, 1, 1))))
     x, t = torch.ones(1, 2, 3, 17, 17), torch.tensor([0.5])
     with torch.no_grad():
         row = net(x, t)[0, 0, 1, 8, 7:10]
@@ -138,7 +117,7 @@ def test_checkpointing_gives_the_same_gradients() -> None:
     x, t, conditions = torch.randn(2, 2, *SIZE), torch.rand(2), conditions_for(ALL, 2)
     gradients = []
     for checkpointing in (False, True):
-        net = make(replace(ALL, checkpointing=checkpointing))
+        net = awake_unet(replace(ALL, checkpointing=checkpointing))
         net(x, t, conditions).square().mean().backward()
         gradients.append([parameter.grad for parameter in net.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
@@ -149,13 +128,13 @@ def test_checkpointing_gives_the_same_gradients() -> None:
 
 
 def test_every_parameter_is_trained() -> None:
-    net = make(ALL)
+    net = awake_unet(ALL)
     net(torch.randn(2, 2, *SIZE), torch.rand(2), conditions_for(ALL, 2)).square().mean().backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 def test_bf16_stays_near_float32_and_channels_last() -> None:
-    net, x, t = make(ALL), torch.randn(2, 2, *SIZE), torch.rand(2)
+    net, x, t = awake_unet(ALL), torch.randn(2, 2, *SIZE), torch.rand(2)
     conditions = conditions_for(ALL, 2)
     with torch.no_grad():
         exact = net(x, t, conditions)
@@ -185,7 +164,7 @@ def test_settings_travel_as_plain_numbers() -> None:
 )
 def test_wrong_settings_are_refused(settings_: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
-        replace(TINY, **settings_)  # type: ignore[arg-type]
+        replace(TINY_UNET, **settings_)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="wdiths"):
         UNetConfig.from_dict({"wdiths": (1,)})
 
@@ -204,14 +183,14 @@ def test_wrong_settings_are_refused(settings_: dict[str, object], words: str) ->
 def test_conditions_that_do_not_fit_are_refused(change: dict[str, object], words: str) -> None:
     conditions = replace(conditions_for(ALL, 2), **change)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=words):
-        make(ALL)(torch.zeros(2, 2, *SIZE), torch.rand(2), conditions)
+        awake_unet(ALL)(torch.zeros(2, 2, *SIZE), torch.rand(2), conditions)
 
 
 @pytest.mark.parametrize("kind", ["tokens", "vector", "extra", "lifted"])
 def test_conditions_that_nobody_asked_for_are_refused(kind: str) -> None:
     given_ = getattr(conditions_for(ALL, 2), kind)
     with pytest.raises(InputError):
-        make(TINY)(torch.zeros(2, 2, *SIZE), torch.rand(2), Conditions(**{kind: given_}))
+        awake_unet(TINY_UNET)(torch.zeros(2, 2, *SIZE), torch.rand(2), Conditions(**{kind: given_}))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +198,7 @@ def test_conditions_that_nobody_asked_for_are_refused(kind: str) -> None:
 )
 def test_latents_that_do_not_fit_are_refused(x: Tensor, t: Tensor) -> None:
     with pytest.raises(InputError, match="latent"):
-        make(TINY)(x, t)
+        awake_unet(TINY_UNET)(x, t)
 
 
 # --- does it learn? ---------------------------------------------------------------------------------------------------
@@ -256,7 +235,8 @@ KINDS = {
 
 
 def train(diffusion: Diffusion, kind: str, steps: int) -> tuple[UNet3D, float, float]:
-    net = make(replace(TINY, **KINDS[kind]), awake=False)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    net = UNet3D(replace(TINY_UNET, **KINDS[kind]))  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)
     history = []

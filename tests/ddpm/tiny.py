@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from dataset.intensity import HUWindow
+from ddpm.unet import UNet3D, UNetConfig
 from tests.helpers import command
 from tests.in_process import DDPM
 from vq_gan_3d.codec import CodecConfig, VQCodec
@@ -56,3 +57,26 @@ def saved_codec(folder: Path, seed: int = 0) -> Path:
 def ddpm_command(codec: Path, *overrides: str) -> list[str]:
     """Command line of a tiny diffusion run."""
     return command(DDPM, *TINY_DDPM, f"pretrained_vqgan={codec}", *overrides, tiny=False)
+
+
+TINY_UNET = UNetConfig(
+    in_channels=2,
+    out_channels=2,
+    widths=(16, 32),
+    strides=((1, 2, 2), (2, 2, 2)),
+    blocks=(1, 1),
+    attention_levels=(1,),
+    heads=2,
+    embedding_channels=32,
+)
+
+
+def awake_unet(config: UNetConfig = TINY_UNET, seed: int = 0) -> UNet3D:
+    """A network with weights in place of the zeros in which its branches start, as after training."""
+    torch.manual_seed(seed)
+    net = UNet3D(config)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if not parameter.any():
+                parameter.normal_(0, 0.1)
+    return net
