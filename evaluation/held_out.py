@@ -1,4 +1,4 @@
-"""The held-out patients of a diffusion run, and what a model may be told of them: the truth, or a control."""
+"""The patients of a diffusion run, held out as a rule, and what a model may be told of them: the truth or a control."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from errors import ConfigurationError, InputError
 from evaluation.metrics.linear import RidgeWeights
 from evaluation.metrics.projection import cone_ncc
 
+Split = Literal["validation", "training"]
 # Beyond [-1, 1] a cell lies outside the picture (see `ConditionBatch.ray_grid`).
 _OUTSIDE = 2.0
 # Voxels of a volume, evenly spaced, by which the penalty of the linear control is chosen.
@@ -92,7 +94,7 @@ class LinearMap:
 
     def volume(self, held_out: HeldOut, number: int, shape_dhw: tuple[int, ...]) -> np.ndarray | None:
         """What it makes of a held-out radiograph, float32 HU; None where there is none. One volume in memory a time."""
-        if (picture := held_out.frontal("validation", number)) is None:
+        if (picture := held_out.frontal(held_out.split, number)) is None:
             return None
         total = np.zeros(shape_dhw)
         training = held_out.training_volumes(shape_dhw, self.numbers)
@@ -104,24 +106,29 @@ class LinearMap:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A trained model and the patients that it has not seen.
+    """A trained model and the patients on whom it is evaluated.
 
     Attributes:
         generator: of the checkpoint.
         data: of the run, built.
         checkpoint: file of the model.
         digest: SHA-256 of that file.
+        split: ``validation``, patients that the model has not seen, or ``training``, to see what it remembers.
+        limit: at most so many patients; None for all.
     """
 
     generator: Generator
     data: LatentDataModule
     checkpoint: Path
     digest: str
+    split: Split = "validation"
+    limit: int | None = None
 
-    @property
+    @cached_property
     def cases(self) -> LatentDataset:
-        """The held-out patients."""
-        return self.data.datasets["validation"]
+        """The patients, each as validation sees one."""
+        known = self.data.datasets[self.split]
+        return LatentDataset(known.cases[: self.limit], known.settings, known.scaler, training=False)
 
     def training_volumes(
         self, shape_dhw: tuple[int, ...], numbers: Sequence[int] | None = None
@@ -154,15 +161,23 @@ class HeldOut:
         return None
 
 
-def open_run(run: Path, checkpoint: Path | None, codec: Path | None, cases: int | None, device: str) -> HeldOut:
+def open_run(
+    run: Path,
+    checkpoint: Path | None,
+    codec: Path | None,
+    cases: int | None,
+    device: str,
+    split: Split = "validation",
+) -> HeldOut:
     """Load a run's model and build its data.
 
     Args:
         run: ``output_dir`` of ``ddpm/train/train_ddpm.py``.
         checkpoint: default ``checkpoints/final.ckpt`` of the run.
         codec: checkpoint of the first stage; default the run's copy.
-        cases: at most so many held-out patients; None for all.
+        cases: at most so many patients; None for all.
         device: where to compute.
+        split: whom to evaluate.
 
     Raises:
         InputError: no such run, or a checkpoint or data cannot be read.
@@ -184,7 +199,7 @@ def open_run(run: Path, checkpoint: Path | None, codec: Path | None, cases: int 
     data.build(0, 1)
     with path.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    return HeldOut(generator, data, path, digest)
+    return HeldOut(generator, data, path, digest, split, cases)
 
 
 def conditions_of(sample: dict[str, Any]) -> ConditionBatch:

@@ -133,7 +133,7 @@ def evaluate(
 
 def print_report(report: dict[str, Any]) -> None:
     """Scores, gains, correlations and bars as tables."""
-    print(f"\n{report['cases']} held-out patients; mean [95 % interval]")
+    print(f"\n{report['cases']} patients; mean [95 % interval]")
     print("  ".join(["volume".ljust(14), *(heading.rjust(22) for _, heading, _ in SCORES)]))
     for role, scores in report["scores"].items():
         print("  ".join([role.ljust(14), *(_cell(scores[key], form).rjust(22) for key, _, form in SCORES)]))
@@ -161,7 +161,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, help="of the diffusion model (default: final.ckpt of the run)")
     parser.add_argument("--codec", type=Path, help="checkpoint of the VQ-GAN (default: the run's copy)")
     parser.add_argument("--output", type=Path, help="folder for results (default: xray_to_ct in the run)")
-    parser.add_argument("--cases", type=int, help="at most so many held-out patients (default: all)")
+    parser.add_argument("--cases", type=int, help="at most so many patients (default: all)")
+    parser.add_argument(
+        "--split", choices=("validation", "training"), default="validation",
+        help="held-out patients, or those of the training, to see what the model remembers (default: validation)",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, default=20, help="of the sampler (default: 20)")
     parser.add_argument("--sampler", default="dpm_solver_pp_2m", help="(default: dpm_solver_pp_2m)")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance, 1 is off (default: 1)")
@@ -185,13 +189,15 @@ def main(arguments: argparse.Namespace) -> int:
     from evaluation.held_out import Sampling, open_run
     from evaluation.metrics.generation import summarise
 
-    held_out = open_run(arguments.run, arguments.checkpoint, arguments.codec, arguments.cases, arguments.device)
+    a = arguments
+    held_out = open_run(a.run, a.checkpoint, a.codec, a.cases, a.device, a.split)
     sampling = Sampling(arguments.steps, arguments.sampler, arguments.guidance, arguments.rescale, seed=arguments.seed)
     output = arguments.output or arguments.run / "xray_to_ct"
     settings = {
         "model": held_out.digest,
         "codec": held_out.generator.codec.content_hash,
         "cases": [case.name for case in held_out.cases.cases],
+        "split": arguments.split,
         "samples": arguments.samples,
         **vars(sampling),
     }

@@ -15,7 +15,7 @@ from PIL import Image
 
 from dataset.intensity import HUWindow
 from ddpm.conditions import UNKNOWN_LABEL, ConditionBatch
-from evaluation.held_out import HeldOut, LinearMap, joined, mirrored, with_xrays_of, without_conditions
+from evaluation.held_out import HeldOut, LinearMap, joined, mirrored, open_run, with_xrays_of, without_conditions
 from evaluation.sampler_table import judge
 from tests.ddpm.tiny import ddpm_command, saved_codec
 from tests.helpers import ROOT, assert_one_line_error, environment
@@ -88,6 +88,17 @@ def test_figures_pictures_and_resumption(run, tmp_path):
     refused = evaluate(XRAY_TO_CT, *flags, "--guidance", 2, cwd=tmp_path, check=2)
     assert_one_line_error(refused, str(output), "guidance", "--output")
     assert (output / "report.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_patients_of_the_training_can_be_looked_at(run, tmp_path):
+    output = tmp_path / "remembered"
+    flags = ("--run", run, "--output", output, "--steps", 2, "--pictures", 0, "--split", "training", "--cases", 3)
+    evaluate(XRAY_TO_CT, *flags, cwd=tmp_path)
+    report = json.loads((output / "report.json").read_text())
+    held_out = {case.name for case in open_run(run, None, None, None, "cpu").cases.cases}
+    assert len(report["patients"]) == 3
+    assert not held_out & set(report["patients"])
 
 
 @pytest.mark.slow
