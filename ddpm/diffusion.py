@@ -50,8 +50,11 @@ class Diffusion(Settings):
     Attributes:
         schedule: α(t) and σ(t).
         objective: what the network predicts: ``v``, ``epsilon``, ``x0`` or ``flow``.
-        weighting: ``min_snr``: the error of x0 counts min(SNR, γ) (Hang et al. 2023, https://arxiv.org/abs/2303.09556,
-            equation 9); ``none``: the error of the output counts as it is.
+        weighting: ``none``: the error of the output counts as it is; ``min_snr``: the error of x0 counts min(SNR, γ)
+            (Hang et al. 2023, https://arxiv.org/abs/2303.09556, equation 9), which counts pure noise for nothing. There
+            a conditional model must read its condition: on phantoms, after 976 equal steps of v, held-out samples
+            had 25.4 dB for their own patient and 20.5 dB for another with ``none``, 22.7 and 21.2 dB with ``min_snr``
+            (two CPU cores, 2026-11-23).
         gamma: γ of ``min_snr``.
         time_sampling: ``uniform``, or ``logit_normal`` with mean 0 and scale 1, which trains the middle times more
             (Esser et al. 2024, https://arxiv.org/abs/2403.03206, section 3.1).
