@@ -97,7 +97,7 @@ def test_a_long_name(tmp_path):
     ("place", "reason"),
     [("missing/x.ckpt", "does not exist"), ("state.ckpt/x.ckpt", "is a file"), ("", "a folder"), ("n" * 300, "long")],
 )
-def test_what_cannot_be_written_is_refused_before_the_work(target, place, reason):
+def test_t05_what_cannot_be_written_is_refused_before_the_work(target, place, reason):
     path = target.parent / place
     with pytest.raises(StorageError, match=reason) as caught, atomic_write(path):
         pytest.fail("the block must not run")
@@ -124,7 +124,7 @@ with atomic_write(sys.argv[1]) as handle:
 
 
 @pytest.mark.parametrize("way", ["exit", "kill"])
-def test_a_kill_leaves_the_old_file_and_the_next_write_cleans_up(target, way):
+def test_t01_a_kill_leaves_the_old_file_and_the_next_write_cleans_up(target, way):
     done = run_python(KILLED, target, way)
     assert done.returncode == (9 if way == "exit" else -signal.SIGKILL), done.stderr
     assert target.read_bytes() == b"old"
@@ -192,7 +192,7 @@ for fill in (lambda h: h.write(b"x" * 3_000_000), lambda h: h.write(b"x" * 500_0
 """
 
 
-def test_a_full_disk_keeps_the_old_file(target):
+def test_t03_a_full_disk_keeps_the_old_file(target):
     done = run_python(FULL, target)
     lines = done.stdout.splitlines()
     assert len(lines) == 5, done.stderr

@@ -50,7 +50,7 @@ def nifti(folder: Path, *more: str) -> list[str]:
 @pytest.mark.parametrize(
     "number", [7, pytest.param(0, marks=pytest.mark.slow)]
 )  # of the training set, and one that is held out
-def test_one_of_twenty_is_skipped_and_named(train: Train, folder: Path, tmp_path: Path, number: int) -> None:
+def test_t42_one_of_twenty_is_skipped_and_named(train: Train, folder: Path, tmp_path: Path, number: int) -> None:
     name = f"patient_{number:02d}.nii.gz"
     content = damage(folder / name)
     more = ["training.max_steps=3", f"dataset.max_bad_fraction={0.1 if number else 0.5}"]
@@ -62,7 +62,7 @@ def test_one_of_twenty_is_skipped_and_named(train: Train, folder: Path, tmp_path
     assert (folder / name).read_bytes() == content
 
 
-def test_over_the_cap(train: Train, folder: Path, tmp_path: Path) -> None:
+def test_t42_over_the_cap(train: Train, folder: Path, tmp_path: Path) -> None:
     for number in (5, 9):
         damage(folder / f"patient_{number:02d}.nii.gz")
     result = train(*nifti(folder, "training.max_steps=3"), check=3)
@@ -147,7 +147,7 @@ def is_killed(self: VolumeDataset, volume: PreparedVolume, epoch: int, index: in
     ],
     ids=["raises in process", "raises", "hangs", "is killed"],
 )
-def test_a_worker_that_fails(
+def test_t42_a_worker_that_fails(
     train: Train,
     monkeypatch: pytest.MonkeyPatch,
     accident: Callable[..., None],

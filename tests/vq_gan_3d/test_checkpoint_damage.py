@@ -31,7 +31,7 @@ def damage(path: Path) -> None:
     os.utime(path, ns=(times, times))
 
 
-def test_the_newest_valid_one_is_used(train: Train, checkpoints: Path, tmp_path: Path) -> None:
+def test_t06_t07_the_newest_valid_one_is_used(train: Train, checkpoints: Path, tmp_path: Path) -> None:
     final = load_checkpoint(checkpoints / "final.ckpt")
     for name in ("last.ckpt", "final.ckpt", "best.ckpt", "epoch_00_step_0003.ckpt"):
         damage(checkpoints / name)
@@ -45,7 +45,7 @@ def test_the_newest_valid_one_is_used(train: Train, checkpoints: Path, tmp_path:
         assert_same_state(load_checkpoint(checkpoints / "final.ckpt")[key], final[key])
 
 
-def test_all_damaged_and_none_there(train: Train, checkpoints: Path) -> None:
+def test_t08_all_damaged_and_none_there(train: Train, checkpoints: Path) -> None:
     for path in checkpoints.glob("*.ckpt"):
         damage(path)
     before = {path: path.read_bytes() for path in checkpoints.iterdir()}
@@ -74,7 +74,7 @@ def test_a_named_checkpoint_must_be_there_and_sound(train: Train, checkpoints: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["named", "last"])
-def test_a_pickle_canary_is_never_executed(train: Train, checkpoints: Path, tmp_path: Path, how: str) -> None:
+def test_t38_a_pickle_canary_is_never_executed(train: Train, checkpoints: Path, tmp_path: Path, how: str) -> None:
     victim = tmp_path / "executed"
     content = load_checkpoint(checkpoints / "last.ckpt") | {"payload": Canary(victim)}
     if how == "named":

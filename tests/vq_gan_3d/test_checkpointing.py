@@ -59,7 +59,7 @@ def test_round_trip_here_and_in_plain_torch(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("sixteenth", range(16))
-def test_truncated(checkpoint: Path, sixteenth: int) -> None:
+def test_t06_truncated(checkpoint: Path, sixteenth: int) -> None:
     whole = checkpoint.read_bytes()
     checkpoint.write_bytes(whole[: len(whole) * sixteenth // 16])
     with pytest.raises(InputError, match=rf"{checkpoint.name}: (truncated|no checkpoint)"):
@@ -74,7 +74,7 @@ def test_truncated_in_its_trailer(checkpoint: Path, missing: int) -> None:
 
 
 @pytest.mark.parametrize("region", range(17))  # the last one is the trailer
-def test_one_bit_flipped(checkpoint: Path, region: int) -> None:
+def test_t07_one_bit_flipped(checkpoint: Path, region: int) -> None:
     content = bytearray(checkpoint.read_bytes())
     body = len(content) - TRAILER_BYTES
     at = body * region // 16 + 7 if region < 16 else len(content) - 1
@@ -92,7 +92,7 @@ class Canary:
         return os.mkdir, (self.target,)
 
 
-def test_a_pickle_canary_with_a_valid_trailer_is_refused_not_executed(tmp_path: Path) -> None:
+def test_t38_a_pickle_canary_with_a_valid_trailer_is_refused_not_executed(tmp_path: Path) -> None:
     path, victim = tmp_path / "canary.ckpt", tmp_path / "executed"
     save_checkpoint(path, {"state_dict": {}, "payload": Canary(victim)})
     verify_checkpoint(path)

@@ -69,7 +69,7 @@ def assert_finite_checkpoint(path: Path) -> dict[str, Any]:
         ),
     ],
 )
-def test_one_bad_step_is_skipped(
+def test_t41_one_bad_step_is_skipped(
     train: Train, tmp_path: Path, nan_in: Callable[..., None], value: float, quantizer: str, step: int
 ) -> None:
     nan_in(lambda call: call == step, value)
@@ -93,7 +93,7 @@ def test_a_bad_batch_of_an_accumulated_step(train: Train, tmp_path: Path, nan_in
     assert_finite_checkpoint(tmp_path / "outputs/checkpoints/final.ckpt")
 
 
-def test_nan_that_stays_ends_the_run_with_a_finite_checkpoint(
+def test_t41_nan_that_stays_ends_the_run_with_a_finite_checkpoint(
     train: Train, tmp_path: Path, nan_in: Callable[..., None]
 ) -> None:
     nan_in(lambda call: call >= 3)

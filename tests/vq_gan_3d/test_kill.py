@@ -58,7 +58,7 @@ def kill_while_saving(path: Path, after_s: float) -> None:
 
 
 @pytest.mark.slow
-def test_thirty_kills_while_one_checkpoint_is_overwritten(tmp_path: Path) -> None:
+def test_t01_t02_thirty_kills_while_one_checkpoint_is_overwritten(tmp_path: Path) -> None:
     rng = random.Random(0)
     path = tmp_path / "last.ckpt"
     from vq_gan_3d.checkpointing import save_checkpoint
@@ -69,7 +69,7 @@ def test_thirty_kills_while_one_checkpoint_is_overwritten(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_kills_of_the_trainer_at_random_times(tmp_path: Path) -> None:
+def test_t02_kills_of_the_trainer_at_random_times(tmp_path: Path) -> None:
     rng = random.Random(1)
     checkpoints = tmp_path / "outputs/checkpoints"
     reached = 0

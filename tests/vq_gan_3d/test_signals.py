@@ -59,7 +59,7 @@ def at_call(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], None
         pytest.param(signal.SIGINT, 130, "SIGINT", 6, 5, id="int in validation", marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_saves_and_the_rest_is_exact(
+def test_t13_a_signal_saves_and_the_rest_is_exact(
     tmp_path: Path,
     train: Train,
     signal_self: Callable[[int], None],
@@ -83,7 +83,7 @@ def test_a_signal_saves_and_the_rest_is_exact(
     assert parts == (whole if saved == 3 else [whole[0], *whole[2:]])
 
 
-def test_a_second_sigterm_during_the_save_changes_nothing(
+def test_t13_a_second_sigterm_during_the_save_changes_nothing(
     tmp_path: Path, train: Train, signal_self: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, at_call: Any
 ) -> None:
     fsync, in_save = os.fsync, []
