@@ -3,9 +3,10 @@
 python evaluation/sampler_table.py --run outputs_ddpm --cases 32
 
 PSNR alone prefers few steps, whose volumes are blurred towards the mean; the Fréchet distance between generated and
-true held-out volumes does not. Its features are, in this order: a TorchScript network of slices (--features, 2.5-D),
-the project's own classifier (--classifier, 3-D), else the run's own codec (3-D). Distances by different features, or of
-different numbers of cases, cannot be compared. Rows that are already in the output are not measured again.
+true held-out volumes does not. Its features are, in this order: a network of slices from a file or from an installed
+package (--features, 2.5-D), the project's own classifier (--classifier, 2.5-D), else the run's own codec (3-D).
+Distances by different features, or of different numbers of cases, cannot be compared. Rows that are already in the
+output are not measured again.
 """
 
 from __future__ import annotations
@@ -74,31 +75,33 @@ def measure_row(held_out: HeldOut, sampling: Sampling, distance: Distance) -> di
     }
 
 
-def distance_by(held_out: HeldOut, features: Path | None, classifier: Path | None, device: str) -> tuple[str, Distance]:
+def distance_by(held_out: HeldOut, features: str | None, classifier: Path | None, device: str) -> tuple[str, Distance]:
     """What the Fréchet distance looks at: its name for the report, and the function.
 
     Raises:
-        InputError: a file is missing, or no such network.
+        InputError: a file is missing, no such network, or a classifier of another grid.
+        ConfigurationError: a classifier of another HU window, or a package that is not installed.
     """
-    from dataset.intensity import HUWindow
-    from evaluation.metrics.frechet import frechet_3d, frechet_25d, load_torchscript, pooled_code
+    from evaluation.metrics.frechet import features_of_slices, frechet_3d, frechet_25d, load_features, pooled_code
 
     codec = held_out.generator.codec
     window = codec.window
     if features is not None:
-        network = load_torchscript(features, device)
-        return f"2.5-D, TorchScript {features.name}", lambda real, drawn: frechet_25d(real, drawn, network, window)
+        name, network = load_features(features, device)
+        planes = features_of_slices(network, window)
+        return f"2.5-D, {name}", lambda real, drawn: frechet_25d(real, drawn, planes)
     if classifier is not None:
-        from ddpm.classifier.classifier import load_classifier
+        from ddpm.classifier.judge import OWN_FEATURES, Judge, plane_features
 
-        loaded, codec_hash = load_classifier(classifier, device)
-        if codec_hash is not None:
-            raise InputError(f"{classifier}: a classifier of latents: give one of volumes (model.classifier.input)")
-        its_window = HUWindow(loaded.config.hu_min, loaded.config.hu_max)
-        window.require_same(its_window, ours="the codec", theirs=str(classifier))
-        return "3-D, the project's own classifier", lambda real, drawn: {
-            "frechet": frechet_3d(real, drawn, lambda unit: loaded.features(unit.to(device)), window)
-        }
+        judge = Judge(classifier, device, codec)
+        judge.require_volumes()
+        judge.require_window(window, "the codec")
+        if held_out.cases.settings.crop_dhw is not None:
+            raise InputError(f"{classifier}: judges whole volumes, the run draws crops: leave --classifier")
+        case = held_out.cases.cases[0]
+        judge.require_grid(case.latent.shape_dhw, case.latent.affine)
+        own = plane_features(judge)
+        return f"2.5-D, {OWN_FEATURES}", lambda real, drawn: frechet_25d(real, drawn, own)
     encode = pooled_code(lambda unit: codec.codec.encode(unit.to(held_out.generator.device)))
     return "3-D, the run's own codec", lambda real, drawn: {"frechet": frechet_3d(real, drawn, encode, window)}
 
@@ -148,7 +151,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--samplers", nargs="+", help="(default: all)")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance, 1 is off (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
-    parser.add_argument("--features", type=Path, help="TorchScript network: slices (N, 1, 224, 224) -> (N, F)")
+    parser.add_argument(
+        "--features",
+        help="network of slices (N, 1, 224, 224) -> (N, F): a TorchScript file, or package.module:function",
+    )
     parser.add_argument("--classifier", type=Path, help="checkpoint of the project's own classifier of volumes")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")

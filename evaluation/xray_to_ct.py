@@ -11,13 +11,11 @@ goes on where it stopped when the same command is given again.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from errors import ConfigurationError, ExitCode, InputError, StorageError, run_command
+from errors import ConfigurationError, ExitCode, InputError, run_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,6 +89,7 @@ def evaluate(
     from evaluation.held_out import LinearMap
     from evaluation.metrics.generation import case_report, derangement, mean_volume
     from evaluation.panels import save_panel
+    from evaluation.records import read_record, write_record
 
     names = [case.name for case in held_out.cases.cases]
     order = derangement(len(names), sampling.seed)
@@ -100,7 +99,7 @@ def evaluate(
     failed: dict[str, str] = {}
     for number, name in enumerate(names):
         record, picture = output / "cases" / f"{name}.json", output / f"{name}.png"
-        if (known := _read_record(record)) is not None and (number >= pictures or picture.is_file()):
+        if (known := read_record(record)) is not None and (number >= pictures or picture.is_file()):
             results[name] = known
             continue
         try:
@@ -123,7 +122,7 @@ def evaluate(
         report |= {"xray_of_shuffled": names[order[number]]} | ({} if cone is None else {"cone": {"ncc": cone}})
         if number < pictures:
             save_panel(_panel(drawn), picture)
-        _write_json(record, report)
+        write_record(record, report)
         results[name] = report
         scores = report["scores"]
         line = ", ".join(f"{role} {scores[role]['psnr_body_db']:.2f}" for role in scores)
@@ -188,6 +187,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise ConfigurationError(f"--seed {arguments.seed}: give 0, 1, 2, …")
     from evaluation.held_out import Sampling, open_run
     from evaluation.metrics.generation import summarise
+    from evaluation.records import claim, write_record
 
     a = arguments
     held_out = open_run(a.run, a.checkpoint, a.codec, a.cases, a.device, a.split)
@@ -201,12 +201,12 @@ def main(arguments: argparse.Namespace) -> int:
         "samples": arguments.samples,
         **vars(sampling),
     }
-    _claim(output, settings)
+    claim(output, settings)
     results, failed = evaluate(held_out, output, sampling, arguments.samples, arguments.pictures)
     if not results:
         raise InputError(f"none of {len(failed)} patients could be evaluated; the first: {next(iter(failed.values()))}")
     report = summarise(list(results.values()))
-    _write_json(
+    write_record(
         output / "report.json", {"settings": settings, "summary": report, "patients": results, "failed": failed}
     )
     print_report(report)
@@ -214,24 +214,6 @@ def main(arguments: argparse.Namespace) -> int:
     for name, reason in failed.items():
         print(f"left out {name}: {reason}", file=sys.stderr)
     return ExitCode.SKIPS if failed else ExitCode.OK
-
-
-def _claim(output: Path, settings: dict[str, Any]) -> None:
-    """Results of other settings must not be mixed with ours.
-
-    Raises:
-        ConfigurationError: the folder holds such. StorageError: it cannot be made.
-    """
-    record = output / "settings.json"
-    try:
-        (output / "cases").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"{output}: cannot be created ({error.strerror}): give another --output") from error
-    if (known := _read_record(record)) is None:
-        _write_json(record, settings)
-    elif known != settings:
-        differing = ", ".join(key for key in settings if known.get(key) != settings[key])
-        raise ConfigurationError(f"{output}: holds results of another {differing}: give another --output, or remove it")
 
 
 def _panel(drawn: dict[str, Any]) -> np.ndarray:
@@ -243,41 +225,6 @@ def _panel(drawn: dict[str, Any]) -> np.ndarray:
 
 def _cell(value: dict[str, float], form: str) -> str:
     return f"{form.format(value['estimate'])} [{form.format(value['low'])}, {form.format(value['high'])}]"
-
-
-def _read_record(path: Path) -> dict[str, Any] | None:
-    """A finished record; one that is damaged counts as missing, and is made again."""
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return _numbers(record) if isinstance(record, dict) else None
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    from dataset.atomic import atomic_write
-
-    with atomic_write(path) as handle:
-        handle.write(json.dumps(_plain(content), indent=1, allow_nan=False).encode())
-
-
-def _plain(value: Any) -> Any:
-    """JSON knows neither NaN nor infinity: null."""
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value
-
-
-def _numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _numbers(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_numbers(entry) for entry in value]
-    return math.nan if value is None else value
 
 
 if __name__ == "__main__":

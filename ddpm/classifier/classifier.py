@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataset.intensity import HUWindow
+from dataset.prepared import short_hash
 from ddpm.classifier.network import ClassifierConfig, PEClassifier
 from errors import InputError
 from evaluation.metrics.statistics import auroc
+from params import HU_AIR
 from vq_gan_3d.checkpointing import load_checkpoint
 from vq_gan_3d.distributed import world_size
 from vq_gan_3d.latents import FrozenCodec
@@ -29,13 +31,16 @@ _SHIFT_VOX = 4
 class PEClassifierModule(pl.LightningModule):
     """Binary cross-entropy on labels of whole volumes, under manual optimisation.
 
-    Batches hold ``hu`` int16 (B, 1, D, H, W) and ``name``. All randomness of a step depends on seed and step alone.
+    Batches hold ``name`` and ``hu`` int16 (B, 1, D, H, W), or of ``input=xray`` ``xray`` (B, 1, S, S) in [0, 1]. All
+    randomness of a step depends on seed and step alone.
 
     Args:
         config: shape of the classifier.
         optimizer: how it is trained.
         labels: 0 or 1 for each name.
         codec: makes the latents of ``input=latent``; outside this module's state.
+        trained_on: hashes of the training patients (`patient_hash`), by which an evaluation finds out that a case is
+            none that this classifier has never seen.
     """
 
     steps: Tensor
@@ -46,6 +51,7 @@ class PEClassifierModule(pl.LightningModule):
         optimizer: OptimizerConfig,
         labels: Mapping[str, int],
         codec: FrozenCodec | None = None,
+        trained_on: Iterable[str] = (),
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -53,6 +59,7 @@ class PEClassifierModule(pl.LightningModule):
         self.window = HUWindow(config.hu_min, config.hu_max)
         self.optimizer_config = optimizer
         self.labels = dict(labels)
+        self.trained_on = sorted(trained_on)
         self._codec = [codec] if codec is not None else []  # in a list: no submodule
         self.total_steps = 0  # set by the runner; the cosine schedule ends there
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
@@ -80,14 +87,23 @@ class PEClassifierModule(pl.LightningModule):
         """Seed the step: its randomness depends on seed and step alone, on every rank and after every resume."""
         torch.manual_seed(self.optimizer_config.seed * 1_000_003 + int(self.steps))
 
-    def input_of(self, hu: Tensor) -> Tensor:
-        """(B, 1, D, H, W) int16 HU -> what the classifier takes: the volume in [0, 1], or its squashed code."""
+    def input_of(self, batch: dict[str, Any], *, moved: bool = False) -> Tensor:
+        """What the classifier takes of a batch: volumes in [0, 1], their squashed codes, or radiographs.
+
+        Args:
+            batch: see the class.
+            moved: mirrored and shifted at random, for training.
+        """
+        if self.classifier.config.input == "xray":
+            return augment(batch["xray"], 0) if moved else batch["xray"]
+        hu = augment(batch["hu"], HU_AIR) if moved else batch["hu"]
         return classifier_input(hu, self.window, self._codec[0] if self._codec else None)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """One batch; the optimizer moves at the end of an accumulation window."""
         labels = self._labels(batch)
-        loss = F.binary_cross_entropy_with_logits(self.classifier(self.input_of(augment(batch["hu"]))).float(), labels)
+        scores = self.classifier(self.input_of(batch, moved=True)).float()  # (B,)
+        loss = F.binary_cross_entropy_with_logits(scores, labels)
         self._guarded.backward(loss)
         self.steps += 1
         terms = {"loss": loss.detach()}
@@ -105,12 +121,12 @@ class PEClassifierModule(pl.LightningModule):
         self._scores = []
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Score of one held-out volume."""
-        score = self.classifier(self.input_of(batch["hu"])).float()
+        """Score of one held-out case."""
+        score = self.classifier(self.input_of(batch)).float()
         self._scores += zip(score.tolist(), map(int, self._labels(batch).tolist()), strict=True)
 
     def on_validation_epoch_end(self) -> None:
-        """AUROC and loss over the held-out volumes of all ranks."""
+        """AUROC and loss over the held-out cases of all ranks."""
         gathered = [self._scores]
         if world_size() > 1:
             gathered = [[] for _ in range(world_size())]
@@ -127,7 +143,7 @@ class PEClassifierModule(pl.LightningModule):
         return None
 
     def histograms(self) -> dict[str, Tensor]:
-        """Scores of held-out volumes with and without embolism."""
+        """Scores of held-out cases with and without embolism."""
         groups = {"with_pe": 1, "without_pe": 0}
         found = {name: [score for score, label in self._scores if label == value] for name, value in groups.items()}
         return {f"val/scores_{name}": torch.tensor(scores) for name, scores in found.items() if scores}
@@ -137,6 +153,7 @@ class PEClassifierModule(pl.LightningModule):
         checkpoint["kind"] = KIND
         checkpoint["classifier"] = self.classifier.config.as_dict()
         checkpoint["codec_hash"] = self._codec[0].content_hash if self._codec else None
+        checkpoint["trained_on"] = self.trained_on
 
 
 def classifier_input(hu: Tensor, window: HUWindow, codec: FrozenCodec | None) -> Tensor:
@@ -149,26 +166,32 @@ def classifier_input(hu: Tensor, window: HUWindow, codec: FrozenCodec | None) ->
         return squash(codec.codec.encode(codec.window.to_unit(hu))).float()  # (B, C, d, h, w)
 
 
-def augment(hu: Tensor) -> Tensor:
-    """Mirror left and right half of the time and shift by a few voxels, air moving in; all of a batch alike.
+def augment(x: Tensor, fill: float) -> Tensor:
+    """Mirror left and right half of the time and shift by a few voxels or pixels; all of a batch alike.
 
     Args:
-        hu: (B, 1, D, H, W) int16.
+        x: (B, 1, D, H, W) or (B, 1, S, S), left and right along the last axis.
+        fill: what moves in.
     """
     if torch.rand(()) < 0.5:
-        hu = hu.flip(-1)
-    shift = torch.randint(-_SHIFT_VOX, _SHIFT_VOX + 1, (3,)).tolist()
+        x = x.flip(-1)
+    shift = torch.randint(-_SHIFT_VOX, _SHIFT_VOX + 1, (x.dim() - 2,)).tolist()
     pad = [amount for axis in reversed(shift) for amount in (max(axis, 0), max(-axis, 0))]
-    moved = F.pad(hu, pad, value=-1000)
-    starts = [max(-axis, 0) for axis in shift]
-    d, h, w = hu.shape[2:]
-    return moved[:, :, starts[0] :, starts[1] :, starts[2] :][:, :, :d, :h, :w]
+    moved = F.pad(x, pad, value=fill)
+    for axis, (by, length) in enumerate(zip(shift, x.shape[2:], strict=True), start=2):
+        moved = moved.narrow(axis, max(-by, 0), length)
+    return moved
+
+
+def patient_hash(patient: str) -> str:
+    """What a checkpoint remembers of a training patient: enough to recognise the name, not to read it."""
+    return short_hash(f"patient {patient}")
 
 
 def load_classifier(
     path: str | Path, device: str | torch.device = "cpu", *, ema: bool = True
 ) -> tuple[PEClassifier, str | None]:
-    """The classifier of a training checkpoint, frozen and in evaluation mode.
+    """The classifier of a training checkpoint, frozen and in evaluation mode; `judge.Judge` knows more of it.
 
     Args:
         path: a checkpoint of `train_classifier.py`.
@@ -181,11 +204,26 @@ def load_classifier(
     Raises:
         InputError: missing, damaged, or no checkpoint of a classifier.
     """
+    checkpoint = read_checkpoint(path)
+    return classifier_of(checkpoint, ema=ema).to(device), checkpoint["codec_hash"]
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Content of a checkpoint of a classifier.
+
+    Raises:
+        InputError: missing, damaged, or no checkpoint of a classifier.
+    """
     checkpoint = load_checkpoint(path)
     if checkpoint.get("kind") != KIND:
         raise InputError(f"{path}: no checkpoint of a PE classifier: give one of ddpm/classifier/train_classifier.py")
+    return checkpoint
+
+
+def classifier_of(checkpoint: Mapping[str, Any], *, ema: bool = True) -> PEClassifier:
+    """The classifier in a checkpoint's content, frozen and in evaluation mode."""
     classifier = PEClassifier(ClassifierConfig.from_dict(checkpoint["classifier"]))
     state = checkpoint["state_dict"] if ema else checkpoint.get("current_model_state", checkpoint["state_dict"])
     prefix = "classifier."
     classifier.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-    return classifier.requires_grad_(False).eval().to(device), checkpoint["codec_hash"]
+    return classifier.requires_grad_(False).eval()

@@ -1,4 +1,6 @@
-"""How well a trained classifier finds embolisms in the held-out volumes of its run: AUROC with its interval.
+"""How well a trained classifier finds embolisms in the held-out cases of its run: AUROC with its interval.
+
+Each classifier is shown what it was trained on: the volume, its latent, or the frontal radiograph alone.
 
 python ddpm/classifier/evaluate_classifier.py --run outputs
 python ddpm/classifier/evaluate_classifier.py --run outputs --compare other/checkpoints/final.ckpt
@@ -12,40 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from errors import ExitCode, InputError, run_command
-
-
-def score(checkpoint: Path, hu_volumes: Any, device: str, codec_path: Path | None) -> list[float]:
-    """Log-odds of an embolism for each volume.
-
-    Args:
-        checkpoint: of a classifier.
-        hu_volumes: int16 arrays (D, H, W), read one at a time.
-        device: where to compute.
-        codec_path: checkpoint of the codec, for a classifier on latents.
-    """
-    import numpy as np
-    import torch
-
-    from dataset.intensity import HUWindow
-    from ddpm.classifier.classifier import classifier_input, load_classifier
-    from vq_gan_3d.latents import FrozenCodec
-
-    classifier, codec_hash = load_classifier(checkpoint, device)
-    codec = None
-    if codec_hash is not None:
-        if codec_path is None:
-            raise InputError(f"{checkpoint}: judges latents: name their codec with --codec")
-        codec = FrozenCodec.load(codec_path, device)
-        if codec.content_hash != codec_hash:
-            raise InputError(f"{codec_path}: not the codec that {checkpoint} was trained on: give that one")
-    window = HUWindow(classifier.config.hu_min, classifier.config.hu_max)
-    scores = []
-    with torch.inference_mode():
-        for hu in hu_volumes:
-            volume = torch.from_numpy(np.ascontiguousarray(hu))[None, None].to(device)  # (1, 1, D, H, W)
-            scores.append(float(classifier(classifier_input(volume, window, codec))))
-    return scores
+from errors import ExitCode, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -53,9 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="output_dir of a training run")
     parser.add_argument("--checkpoint", type=Path, help="checkpoint (default: final.ckpt of the run)")
-    parser.add_argument(
-        "--compare", type=Path, help="another checkpoint, compared on the same volumes by DeLong's test"
-    )
+    parser.add_argument("--compare", type=Path, help="another checkpoint, compared on the same cases by DeLong's test")
     parser.add_argument("--codec", type=Path, help="checkpoint of the 3D VQ-GAN, for a classifier on latents")
     parser.add_argument("--output", type=Path, help="JSON (default: validation_results/classifier.json in the run)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
@@ -64,11 +31,12 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Score the held-out volumes of a run."""
+    """Score the held-out cases of a run."""
     import numpy as np
 
     from dataset.atomic import atomic_write
     from dataset.from_config import run_config
+    from ddpm.classifier.judge import Judge
     from ddpm.classifier.stage import labelled_data
     from ddpm.prepare import label_of
     from evaluation.metrics.statistics import auroc_interval, delong
@@ -85,8 +53,8 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.compare is not None:
         paths["compared"] = arguments.compare
     scores = {
-        key: score(path, (np.asarray(volume.open()) for volume in volumes), arguments.device, codec)
-        for key, path in paths.items()
+        key: [judge.score_case(sources[volume.name], volume, data.cache) for volume in volumes]
+        for key, judge in ((key, Judge(path, arguments.device, codec)) for key, path in paths.items())
     }
     areas = {key: auroc_interval(values, labels) for key, values in scores.items()}
     report: dict[str, Any] = {
@@ -97,8 +65,8 @@ def main(arguments: argparse.Namespace) -> int:
             name: {"label": bool(labels[i])} | {k: v[i] for k, v in scores.items()} for i, name in enumerate(names)
         },
     }
-    print(f"{len(names)} held-out volumes, {int(labels.sum())} with embolism")
-    print(f"AUROC {areas['scores']} (95 % by bootstrap over volumes): {paths['scores']}")
+    print(f"{len(names)} held-out cases, {int(labels.sum())} with embolism")
+    print(f"AUROC {areas['scores']} (95 % by bootstrap over cases): {paths['scores']}")
     if "compared" in areas:
         test = delong(scores["scores"], scores["compared"], labels)
         report["compared"] = areas["compared"]._asdict()
@@ -109,7 +77,7 @@ def main(arguments: argparse.Namespace) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(output) as handle:
         handle.write(json.dumps(report, indent=2).encode())
-    print(f"scores of all volumes: {output}")
+    print(f"scores of all cases: {output}")
     return ExitCode.OK
 
 

@@ -1,4 +1,4 @@
-"""A 3D classifier of pulmonary embolism, on volumes or on latents: for classifier guidance and for evaluation."""
+"""A classifier of pulmonary embolism: 3D on volumes or latents, 2D on radiographs; for guidance and for evaluation."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm.xray_encoder import XRayEncoder
 from errors import ConfigurationError
 from params import HU_MAX, HU_MIN, PE_WINDOW
 from vq_gan_3d.encoder_decoder import Encoder, Stage, Stride
 from vq_gan_3d.settings import Settings
 
-INPUTS = ("volume", "latent")
+INPUTS = ("volume", "latent", "xray")
+Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,19 @@ class ClassifierConfig(Settings):
     """Everything that shapes the classifier; plain numbers that travel in every checkpoint.
 
     Attributes:
-        input: ``volume``, (B, 1, D, H, W) in [0, 1] on the HU window; or ``latent``, (B, C, d, h, w) squashed codes.
-        in_channels: 1 for volumes, the codec's for latents.
+        input: ``volume``, (B, 1, D, H, W) in [0, 1] on the HU window; ``latent``, (B, C, d, h, w) squashed codes; or
+            ``xray``, (B, 1, S, S) standard frontal radiographs (`dataset.xray`).
+        in_channels: 1 for volumes and radiographs, the codec's for latents.
         widths: feature channels of each reducing block, fine to coarse.
-        strides: stride (D, H, W) of each reducing block.
-        blocks: residual blocks after each reducing block.
+        strides: stride (D, H, W) of each reducing block; of radiographs every block halves the picture.
+        blocks: residual blocks after each reducing block; of radiographs there is one.
         dropout: of pooled features in training.
         hu_min: HU of 0 (volumes).
         hu_max: HU of 1 (volumes).
+        xray_size: side of the radiographs in pixels.
+        size_dhw: voxels [D, H, W] of the training volumes.
+        spacing_low_mm: least voxel spacing (d, h, w) among them.
+        spacing_high_mm: greatest.
     """
 
     subject: ClassVar[str] = "classifier"
@@ -41,23 +48,34 @@ class ClassifierConfig(Settings):
     dropout: float = 0.2
     hu_min: float = HU_MIN
     hu_max: float = HU_MAX
+    xray_size: int = 128
+    size_dhw: tuple[int, int, int] | None = None
+    spacing_low_mm: Triple | None = None
+    spacing_high_mm: Triple | None = None
 
     def __post_init__(self) -> None:
         if self.input not in INPUTS:
             raise ConfigurationError(f"model.input={self.input!r}: one of {', '.join(INPUTS)}")
-        if not self.widths or len({len(self.widths), len(self.strides), len(self.blocks)}) != 1:
+        levels = {len(self.widths)} if self.input == "xray" else {len(self.strides), len(self.blocks), len(self.widths)}
+        if not self.widths or len(levels) != 1:
             raise ConfigurationError(
                 "model.widths, model.strides and model.blocks need one entry for each resolution: they have "
                 f"{len(self.widths)}, {len(self.strides)} and {len(self.blocks)}"
             )
-        if self.input == "volume" and self.in_channels != 1:
-            raise ConfigurationError(f"model.in_channels={self.in_channels}: volumes have one channel")
+        if self.input != "latent" and self.in_channels != 1:
+            raise ConfigurationError(f"model.in_channels={self.in_channels}: volumes and radiographs have one channel")
+        if self.input == "xray" and (self.xray_size < 16 or self.xray_size % 2 ** len(self.widths)):
+            raise ConfigurationError(
+                f"model.xray_size={self.xray_size}: with {len(self.widths)} widths give a multiple of "
+                f"{2 ** len(self.widths)} from 16 on"
+            )
 
 
 class PEClassifier(nn.Module):
     """Local features, pooled by mean and maximum: a clot is small, and one is enough.
 
-    Any size; what is no multiple of the total stride is padded with air (latents: repeated) at the far ends.
+    Volumes and latents of any size; what is no multiple of the total stride is padded with air (latents: repeated) at
+    the far ends.
 
     Args:
         config: its shape.
@@ -66,11 +84,14 @@ class PEClassifier(nn.Module):
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.config = c = config
-        channels = 2 if c.input == "volume" else c.in_channels
-        self.encoder = Encoder(channels, c.widths, c.strides, c.blocks)
+        self.encoder: nn.Module
+        if c.input == "xray":
+            self.encoder = XRayEncoder(c.widths, n_views=1, finest=len(c.widths) - 1)
+        else:
+            self.encoder = Encoder(2 if c.input == "volume" else c.in_channels, c.widths, c.strides, c.blocks)
+            self.encoder.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         self.dropout = nn.Dropout(c.dropout)
         self.head = nn.Linear(2 * c.widths[-1], 1)
-        self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
 
     def set_checkpointing(self, enabled: bool) -> None:
         """Recompute each residual block in the backward pass: less memory, about a third more time."""
@@ -78,13 +99,20 @@ class PEClassifier(nn.Module):
             if isinstance(module, Stage):
                 module.checkpointing = enabled
 
+    def feature_map(self, x: Tensor) -> Tensor:
+        """Input of ``config.input`` -> (B, widths[-1], d, h, w), of radiographs (B, widths[-1], s, s), float32."""
+        if self.config.input == "xray":
+            frontal = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+            return self.encoder(x, frontal)[-1].float()  # (B, widths[-1], s, s)
+        return self.encoder(self._pad(self._prepare(x))).float()  # (B, widths[-1], d, h, w)
+
     def features(self, x: Tensor) -> Tensor:
-        """(B, channels, D, H, W) of ``config.input`` -> (B, 2 * widths[-1]) pooled features, float32."""
-        x = self.encoder(self._pad(self._prepare(x))).float()  # (B, widths[-1], d, h, w)
-        return torch.cat([x.mean(dim=(2, 3, 4)), x.amax(dim=(2, 3, 4))], dim=1)
+        """Input of ``config.input`` -> (B, 2 * widths[-1]) pooled features, float32."""
+        x = self.feature_map(x).flatten(2)  # (B, widths[-1], cells)
+        return torch.cat([x.mean(dim=2), x.amax(dim=2)], dim=1)  # (B, 2 * widths[-1])
 
     def logits(self, x: Tensor) -> Tensor:
-        """(B, channels, D, H, W) -> (B,) log-odds of an embolism, differentiable in ``x``."""
+        """Input of ``config.input`` -> (B,) log-odds of an embolism, differentiable in ``x``."""
         return self.head(self.dropout(self.features(x)))[:, 0]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -7,15 +7,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig
 from torch import nn
 
 from dataset.data_module import VolumeDataModule
-from dataset.from_config import data_module, plain_dict
+from dataset.from_config import data_module, plain_dict, size_dhw
+from dataset.geometry import spacing_mm
 from dataset.sources import VolumeSource, manifest
-from ddpm.classifier.classifier import PEClassifierModule
+from ddpm.classifier.classifier import PEClassifierModule, patient_hash
 from ddpm.classifier.network import ClassifierConfig
+from ddpm.classifier.radiographs import RadiographDataModule
 from ddpm.conditions import UNKNOWN_LABEL
 from ddpm.prepare import label_of
 from errors import ConfigurationError, InputError
@@ -29,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class ClassifierStage:
-    """Embolism or none, on volumes or on the latents of a frozen codec."""
+    """Embolism or none, on volumes, on the latents of a frozen codec, or on radiographs alone."""
 
     monitor = Monitor("val/auroc", larger_is_better=True)
     memory_hint = "lower training.batch_size or dataset.size, or set hardware.checkpointing=true"
@@ -38,8 +41,8 @@ class ClassifierStage:
     def __init__(self) -> None:
         self._codec: FrozenCodec | None = None
 
-    def build_data(self, config: DictConfig) -> VolumeDataModule:
-        """The labelled volumes of the cohort."""
+    def build_data(self, config: DictConfig) -> VolumeDataModule | RadiographDataModule:
+        """The labelled volumes of the cohort, or their radiographs."""
         if (config.model.input == "latent") != bool(config.pretrained_vqgan):
             raise ConfigurationError(
                 "model.input=latent and pretrained_vqgan belong together: latents are those of a trained 3D VQ-GAN"
@@ -50,18 +53,32 @@ class ClassifierStage:
             )
         if config.pretrained_vqgan:
             self._codec = FrozenCodec.load(Path(config.pretrained_vqgan).expanduser())
-        return labelled_data(config)
+        data = labelled_data(config)
+        if config.model.input != "xray":
+            return data
+        # refuses a size that its blocks cannot halve before anything is prepared
+        return RadiographDataModule(data, ClassifierConfig.from_dict(plain_dict(config.model)).xray_size)
 
-    def build_module(self, config: DictConfig, data: VolumeDataModule) -> PEClassifierModule:
-        """The module."""
-        codec, window = self._codec, (config.dataset.hu_min, config.dataset.hu_max)
-        settings = plain_dict(config.model) | {"hu_min": float(window[0]), "hu_max": float(window[1])}
+    def build_module(self, config: DictConfig, data: VolumeDataModule | RadiographDataModule) -> PEClassifierModule:
+        """The module; its settings remember on which grid it was trained."""
+        codec = self._codec
+        training = data.datasets["training"].volumes
+        spacings = np.array([spacing_mm(volume.affine) for volume in training])
+        settings = plain_dict(config.model) | {
+            "hu_min": float(config.dataset.hu_min),
+            "hu_max": float(config.dataset.hu_max),
+            "size_dhw": size_dhw(config.dataset.size),
+            "spacing_low_mm": spacings.min(0).tolist(),
+            "spacing_high_mm": spacings.max(0).tolist(),
+        }
         if codec is not None:
             codec.to("cuda" if resolve_hardware(config.hardware).accelerator == "cuda" else "cpu")
             settings["in_channels"] = codec.channels
         labels = {source.name: label_of(source) for sources in data.sources.values() for source in sources}
+        trained_on = {patient_hash(source.patient) for source in data.sources["training"]}
         torch.manual_seed(config.training.seed)
-        module = PEClassifierModule(ClassifierConfig.from_dict(settings), optimizer_config(config), labels, codec)
+        shape = ClassifierConfig.from_dict(settings)
+        module = PEClassifierModule(shape, optimizer_config(config), labels, codec, trained_on)
         module.classifier.set_checkpointing(bool(config.hardware.checkpointing))
         return module
 
@@ -73,7 +90,7 @@ class ClassifierStage:
         """The convolutions."""
         return (module.classifier.encoder,)
 
-    def facts(self, module: PEClassifierModule, data: VolumeDataModule) -> list[str]:
+    def facts(self, module: PEClassifierModule, data: VolumeDataModule | RadiographDataModule) -> list[str]:
         """How many have an embolism."""
         return [
             f"{split}: {sum(module.labels[source.name] for source in sources)} of {len(sources)} with embolism"

@@ -45,7 +45,9 @@ class Segmentation:
         lung_left: of the left.
         heart: soft tissue between the lungs, in front of the spine and above the dome of the diaphragm, up to half-way
             to the apex: the heart, the roots of the great vessels, and what of the liver's top reaches between.
-        vessels: what is opacified (above 150 HU) in the lungs and between them in front of the spine.
+        vessels: what is opacified (above 150 HU) in the lungs and between them in front of the spine, the heart's
+            chambers included. Its volume follows that of the blood that contrast medium has reached, not that of all
+            blood: where the contrast is poor there is less of it.
     """
 
     body: np.ndarray

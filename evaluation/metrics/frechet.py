@@ -12,8 +12,10 @@ approximating shrinkage (OAS) of Chen et al. 2010, https://doi.org/10.1109/TSP.2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from dataset.intensity import HUWindow
-from errors import InputError
+from errors import ConfigurationError, InputError
 
 PLANES = ("axial", "coronal", "sagittal")
 # slices (N, 1, S, S) in [0, 1] -> features (N, F)
 SliceFeatures = Callable[[Tensor], Tensor]
+# volume (D, H, W) HU -> for each of `PLANES` rows of features (N, F)
+PlaneFeatures = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 # volumes (B, 1, D, H, W) in [0, 1] -> features (B, F)
 VolumeFeatures = Callable[[Tensor], Tensor]
 _MIN_SAMPLES = 2
@@ -110,14 +114,42 @@ def slices_of(volume_unit: Tensor, plane: str, count: int, size: int) -> Tensor:
     return nn.functional.interpolate(slices, (size, size), mode="bilinear", antialias=True)
 
 
+def features_of_slices(network: SliceFeatures, window: HUWindow, *, slices: int = 16, size: int = 224) -> PlaneFeatures:
+    """Features of three planes by a 2D network.
+
+    Args:
+        network: of slices.
+        window: which HU are shown to the network.
+        slices: per volume and plane.
+        size: of the square slices in pixels.
+    """
+
+    def features(hu: np.ndarray) -> dict[str, np.ndarray]:
+        unit = _unit(hu, window)
+        with torch.inference_mode():
+            return {plane: _rows(network(slices_of(unit, plane, slices, size))) for plane in PLANES}
+
+    return features
+
+
+def planes_of_map(features: Tensor) -> dict[str, np.ndarray]:
+    """Features of three planes from the feature map of a 3D network: mean and maximum over each slice of the map.
+
+    Args:
+        features: (C, d, h, w).
+
+    Returns:
+        For each plane float32 (slices, 2 C).
+    """
+    found = {}
+    for axis, plane in enumerate(PLANES, start=1):
+        slices = features.movedim(axis, 0).flatten(2)  # (slices, C, cells)
+        found[plane] = _rows(torch.cat([slices.mean(2), slices.amax(2)], dim=1))
+    return found
+
+
 def frechet_25d(
-    real: Iterable[np.ndarray],
-    generated: Iterable[np.ndarray],
-    features: SliceFeatures,
-    window: HUWindow,
-    *,
-    slices: int = 16,
-    size: int = 224,
+    real: Iterable[np.ndarray], generated: Iterable[np.ndarray], features: PlaneFeatures
 ) -> dict[str, float]:
     """2.5-D Fréchet distance: one for the slices of each plane, and their mean, as MAISI reports it.
 
@@ -127,10 +159,7 @@ def frechet_25d(
     Args:
         real: volumes (D, H, W) HU.
         generated: likewise; the sets need not be paired, but should be of one size.
-        features: of slices.
-        window: which HU are shown to the network.
-        slices: per volume and plane.
-        size: of the square slices.
+        features: `features_of_slices` of a 2D network, or of the slices of a 3D network's `planes_of_map`.
 
     Returns:
         ``frechet_axial``, ``frechet_coronal``, ``frechet_sagittal`` and their mean ``frechet``.
@@ -138,8 +167,17 @@ def frechet_25d(
     Raises:
         InputError: see `fit_gaussian`.
     """
-    gaussians = [_plane_gaussians(volumes, features, window, slices, size) for volumes in (real, generated)]
-    result = {f"frechet_{plane}": frechet_distance(gaussians[0][plane], gaussians[1][plane]) for plane in PLANES}
+    return frechet_of_planes([features(hu) for hu in real], [features(hu) for hu in generated])
+
+
+def frechet_of_planes(
+    real: Sequence[Mapping[str, np.ndarray]], generated: Sequence[Mapping[str, np.ndarray]]
+) -> dict[str, float]:
+    """As `frechet_25d`, of features that are already there, one entry a volume."""
+    result = {}
+    for plane in PLANES:
+        first, second = (_gaussian([volume[plane] for volume in volumes]) for volumes in (real, generated))
+        result[f"frechet_{plane}"] = frechet_distance(first, second)
     return {**result, "frechet": sum(result.values()) / len(PLANES)}
 
 
@@ -152,23 +190,59 @@ def frechet_3d(
     return frechet_distance(first, second)
 
 
-def load_torchscript(path: Path, device: str = "cpu") -> SliceFeatures:
-    """A TorchScript network (N, 1, S, S) -> (N, F) from a file, for `frechet_25d`.
+def load_features(given: str, device: str = "cpu") -> tuple[str, SliceFeatures]:
+    """A 2D feature network (N, 1, S, S) in [0, 1] -> (N, F) by a path or from an installed package.
 
-    TorchScript runs code of its own inside the interpreter: load only files that you trust.
+    Both run code of their own: a TorchScript file inside the interpreter, a package when it is imported. Name only
+    what you trust; nothing is downloaded here.
+
+    Args:
+        given: a TorchScript file, or ``package.module:name`` of a function or class that is called without arguments
+            and gives the network.
+        device: where to compute.
+
+    Returns:
+        Its name for a report, and the network.
+
+    Raises:
+        InputError: the file is missing or no TorchScript.
+        ConfigurationError: no such package, or no such name in it, or what it gives cannot be called.
+    """
+    module, colon, name = given.partition(":")
+    if not colon or Path(given).is_file():
+        return f"TorchScript {Path(given).name}", load_torchscript(Path(given), device)
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, ValueError) as error:
+        raise ConfigurationError(f"--features {given}: {error}: install the package, or give a file") from error
+    except AttributeError as error:
+        raise ConfigurationError(f"--features {given}: {module} has no {name}: give a name of it") from error
+    try:
+        network = make()
+    except TypeError as error:
+        raise ConfigurationError(f"--features {given}: {error}: give a function without arguments") from error
+    if isinstance(network, nn.Module):
+        network = network.requires_grad_(False).eval().to(device)
+    if not callable(network):
+        raise ConfigurationError(f"--features {given}: gives a {type(network).__name__}, a network is needed")
+    return given, partial(_on_device, network, device)
+
+
+def load_torchscript(path: Path, device: str = "cpu") -> SliceFeatures:
+    """A TorchScript network (N, 1, S, S) -> (N, F) from a file.
 
     Raises:
         InputError: the file is missing or no TorchScript.
     """
     if not path.is_file():
-        raise InputError(f"{path}: not there: --features wants a TorchScript file")
+        raise InputError(f"{path}: not there: --features wants a TorchScript file, or package.module:name")
     try:
         network = torch.jit.load(str(path), map_location=device).eval()
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"{path}: no TorchScript network ({type(error).__name__}): save it with torch.jit.save"
         ) from None
-    return lambda slices: network(slices.to(device))
+    return partial(_on_device, network, device)
 
 
 def pooled_code(encode: Callable[[Tensor], Tensor], cells: tuple[int, int, int] = (2, 2, 2)) -> VolumeFeatures:
@@ -191,17 +265,6 @@ def pooled_code(encode: Callable[[Tensor], Tensor], cells: tuple[int, int, int] 
     return features
 
 
-def _plane_gaussians(
-    volumes: Iterable[np.ndarray], features: SliceFeatures, window: HUWindow, slices: int, size: int
-) -> dict[str, Gaussian]:
-    rows: dict[str, list[np.ndarray]] = {plane: [] for plane in PLANES}
-    for hu in volumes:
-        unit = _unit(hu, window)
-        for plane in PLANES:
-            rows[plane].append(_rows(features(slices_of(unit, plane, slices, size))))
-    return {plane: _gaussian(parts) for plane, parts in rows.items()}
-
-
 def _gaussian(parts: list[np.ndarray]) -> Gaussian:
     if not parts:
         raise InputError("no volumes: a Fréchet distance needs at least two of each set")
@@ -210,6 +273,10 @@ def _gaussian(parts: list[np.ndarray]) -> Gaussian:
 
 def _unit(hu: np.ndarray, window: HUWindow) -> Tensor:
     return window.to_unit(torch.from_numpy(np.ascontiguousarray(hu)))
+
+
+def _on_device(network: SliceFeatures, device: str, slices: Tensor) -> Tensor:
+    return network(slices.to(device))
 
 
 def _rows(features: Tensor) -> np.ndarray:

@@ -22,7 +22,7 @@ from dataset.intensity import HUWindow
 from errors import ConfigurationError, InputError
 from evaluation.metrics.anatomy import body_mask, measure
 from evaluation.metrics.diversity import sample_diversity
-from evaluation.metrics.image import bias_hu, mae_hu, psnr, ssim_3d
+from evaluation.metrics.image import bias_hu, mae_hu, psnr, psnr_slice, ssim_3d
 from evaluation.metrics.projection import chirality, mirror, ncc, projection_ncc, radiograph
 from evaluation.metrics.statistics import Interval, bootstrap
 
@@ -106,8 +106,9 @@ def volume_scores(
         window: PSNR and SSIM are on it, and errors in HU after its clipping.
 
     Returns:
-        ``psnr_body_db`` and ``mae_body_hu`` inside the body, ``psnr_db``, ``ssim``, ``mae_hu``, ``bias_hu`` of the
-        whole volume, and ``drr_ncc``, ``drr_ncc_body`` of its frontal projection with the truth's.
+        ``psnr_body_db`` and ``mae_body_hu`` inside the body, ``psnr_db``, ``psnr_slice_db`` (mean over axial slices,
+        the convention of 2D papers), ``ssim``, ``mae_hu``, ``bias_hu`` of the whole volume, and ``drr_ncc``,
+        ``drr_ncc_body`` of its frontal projection with the truth's.
 
     Raises:
         InputError: the shapes differ.
@@ -120,6 +121,7 @@ def volume_scores(
     return {
         "psnr_body_db": masked_psnr(unit, true_unit, body),
         "psnr_db": psnr(*tensors),
+        "psnr_slice_db": psnr_slice(*tensors),
         "ssim": ssim_3d(*tensors),
         "mae_body_hu": float(inside.mean(dtype=np.float64)) * window.width_hu if inside.size else math.nan,
         "mae_hu": mae_hu(*tensors, window),
@@ -220,7 +222,8 @@ def summarise(cases: Sequence[Mapping[str, Any]], *, seed: int = 0, resamples: i
     roles = list(dict.fromkeys(role for case in cases for role in case["scores"]))
     scores = {
         role: {
-            metric: _interval([case["scores"][role][metric] for case in cases if role in case["scores"]], draw)
+            # a record that was made before a metric was added lacks it
+            metric: _interval([case["scores"].get(role, {}).get(metric, math.nan) for case in cases], draw)
             for metric in next(case["scores"][role] for case in cases if role in case["scores"])
         }
         for role in roles

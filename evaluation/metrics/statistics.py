@@ -1,4 +1,4 @@
-"""Intervals and tests for figures over few patients: the bootstrap, AUROC and DeLong's test of two of them."""
+"""Intervals and tests for figures over few patients: bootstrap, AUROC, DeLong's test of two of them, Brier score."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from errors import InputError
 
@@ -85,10 +85,30 @@ def auroc(scores: Sequence[float] | np.ndarray, labels: Sequence[bool] | np.ndar
 
 
 def auroc_interval(
-    scores: Sequence[float] | np.ndarray, labels: Sequence[bool] | np.ndarray, *, seed: int = 0
+    scores: Sequence[float] | np.ndarray,
+    labels: Sequence[bool] | np.ndarray,
+    *,
+    resamples: int = _RESAMPLES,
+    seed: int = 0,
 ) -> Interval:
     """AUROC with a 95 % bootstrap interval over patients."""
-    return bootstrap(scores, np.asarray(labels, dtype=np.float64), statistic=lambda s, y: auroc(s, y > 0.5), seed=seed)
+    known = np.asarray(labels, dtype=np.float64)
+    return bootstrap(scores, known, statistic=lambda s, y: auroc(s, y > 0.5), resamples=resamples, seed=seed)
+
+
+def brier(log_odds: Sequence[float] | np.ndarray, labels: Sequence[bool] | np.ndarray) -> float:
+    """Mean squared error of predicted probabilities (Brier 1950); p(1-p) for who always says the prevalence p.
+
+    Args:
+        log_odds: (n,).
+        labels: (n,) bool.
+
+    Raises:
+        InputError: another number of labels than of scores.
+    """
+    log_odds, labels = np.asarray(log_odds, dtype=np.float64), np.asarray(labels, dtype=bool)
+    _require_as_many(log_odds, labels)
+    return float(np.mean((special.expit(log_odds) - labels) ** 2))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from dataset.intensity import HUWindow
-from ddpm.classifier.classifier import augment, classifier_input, load_classifier
+from ddpm.classifier.classifier import augment, classifier_input, load_classifier, patient_hash
 from ddpm.classifier.network import ClassifierConfig, PEClassifier
 from ddpm.guidance import ClassifierGuidance
 from errors import ConfigurationError, InputError
@@ -146,15 +147,54 @@ def test_it_learns_on_latents_as_well():
     assert gradient.abs().sum() > 0
 
 
+def pictures(n, seed):
+    """Noisy radiographs; half of them with a bright blot somewhere. (n, 1, 32, 32) in [0, 1], labels (n,)."""
+    generator = torch.Generator().manual_seed(seed)
+    x = 0.4 + 0.1 * torch.randn((n, 1, 32, 32), generator=generator)
+    labels = torch.arange(n) % 2
+    for i in range(n):
+        row, column = (int(torch.randint(2, 24, (), generator=generator)) for _ in range(2))
+        x[i, :, row : row + 6, column : column + 6] += 0.4 * labels[i]
+    return x.clamp(0, 1), labels
+
+
+def test_it_learns_on_radiographs_alone():
+    """The 2D classifier: its loss falls, and it finds blots in pictures that it has not seen."""
+    torch.manual_seed(0)
+    classifier = PEClassifier(ClassifierConfig("xray", widths=(8, 16), xray_size=32, dropout=0.0))
+    assert all(p.dim() <= 4 for p in classifier.parameters())  # no convolution in 3D
+    x, labels = pictures(64, seed=0)
+    optimizer = torch.optim.Adam(classifier.parameters(), 0.01)
+    losses = []
+    for _ in range(40):
+        loss = F.binary_cross_entropy_with_logits(classifier(x), labels.float())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.3 * losses[0]
+    unseen, truth = pictures(40, seed=1)
+    with torch.no_grad():
+        scores = classifier.eval()(unseen)
+    assert auroc(scores.numpy(), truth.numpy() > 0) > 0.95
+    assert classifier.features(unseen).shape == (40, 32)
+    assert classifier.feature_map(unseen).shape == (40, 16, 8, 8)
+
+
 def test_augmentation_moves_and_mirrors_but_changes_no_value():
     hu = torch.arange(8 * 9 * 10, dtype=torch.int16).reshape(1, 1, 8, 9, 10)
     torch.manual_seed(0)
-    seen = [augment(hu) for _ in range(20)]
+    seen = [augment(hu, -1000) for _ in range(20)]
     assert all(x.shape == hu.shape and x.dtype == torch.int16 for x in seen)
     assert all(set(x.unique().tolist()) <= {-1000, *range(720)} for x in seen)
     assert len({tuple(x.flatten().tolist()) for x in seen}) > 10
     torch.manual_seed(0)
-    assert torch.equal(augment(hu), seen[0])
+    assert torch.equal(augment(hu, -1000), seen[0])
+    picture = torch.arange(1, 145, dtype=torch.float32).reshape(1, 1, 12, 12)
+    pictures = [augment(picture, 0) for _ in range(20)]
+    assert all(x.shape == picture.shape for x in pictures)
+    assert len({tuple(x.flatten().tolist()) for x in pictures}) > 10
+    assert set(pictures[0].unique().tolist()) <= set(range(145))
 
 
 def test_settings_survive_a_checkpoint_and_mistakes_are_named():
@@ -162,8 +202,10 @@ def test_settings_survive_a_checkpoint_and_mistakes_are_named():
     assert ClassifierConfig.from_dict(plain) == SMALL
     with pytest.raises(ConfigurationError, match="widht"):
         ClassifierConfig.from_dict({"widht": 3})
-    with pytest.raises(ConfigurationError, match=r"model\.input='xray'"):
-        replace(SMALL, input="xray")
+    with pytest.raises(ConfigurationError, match=r"model\.input='mri'"):
+        replace(SMALL, input="mri")
+    with pytest.raises(ConfigurationError, match=r"model\.xray_size=50: .* a multiple of 4"):
+        replace(SMALL, input="xray", xray_size=50)
     with pytest.raises(ConfigurationError, match="one entry for each resolution"):
         replace(SMALL, blocks=(1,))
 
@@ -206,6 +248,28 @@ def test_a_run_trains_evaluates_and_is_compared(tmp_path):
     assert {name: case["scores"] for name, case in again["cases"].items()} == {
         name: case["scores"] for name, case in report["cases"].items()
     }
+
+
+@pytest.mark.slow
+def test_a_run_on_radiographs_is_compared_with_one_on_volumes(tmp_path):
+    cache = f"dataset.cache_dir={tmp_path / 'cache'}"
+    radiographs = ["model.input=xray", "training.max_steps=12", "training.learning_rate=0.01", "logger.every_n_steps=1"]
+    run(TRAIN, *TINY, cache, *radiographs, "output_dir=x", "training.num_epochs=3", tiny=False, cwd=tmp_path)
+    content = load_checkpoint(tmp_path / "x/checkpoints/final.ckpt")
+    assert content["classifier"]["input"] == "xray"
+    assert content["classifier"]["size_dhw"] == (12, 16, 16)
+    assert content["trained_on"] == sorted(patient_hash(f"phantom_{number:05d}") for number in range(4, 12))
+    assert content["codec_hash"] is None
+    with (tmp_path / "x/logs/train.csv").open() as handle:
+        losses = [float(row["loss"]) for row in csv.DictReader(handle)]
+    assert len(losses) == 12
+    assert sum(losses[-4:]) < sum(losses[:4])  # eight radiographs are learned by heart
+    run(TRAIN, *TINY, cache, "output_dir=v", "training.max_steps=2", tiny=False, cwd=tmp_path)
+    run(EVALUATE, "--run", "x", "--compare", "v/checkpoints/final.ckpt", tiny=False, cwd=tmp_path)
+    report = json.loads((tmp_path / "x/validation_results/classifier.json").read_text())
+    assert report["volumes"] == 4
+    assert len({case["scores"] for case in report["cases"].values()}) == 4
+    assert {"compared", "delong"} <= set(report)
 
 
 @pytest.mark.slow

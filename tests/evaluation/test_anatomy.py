@@ -10,6 +10,7 @@ from scipy import ndimage
 from dataset.phantom import affine_of, make_phantom
 from dataset.volume_io import read_nifti
 from errors import InputError
+from evaluation.clinical_case import OPACIFIED
 from evaluation.metrics.anatomy import Segmentation, body_mask, dice, measure, measure_segmentation, segment
 from tests.helpers import REAL_DATA
 
@@ -37,11 +38,8 @@ def test_masks_agree_with_the_phantoms(seed):
     assert dice(found.lung_right, one.mask("lung_right")) > 0.92
     assert dice(found.lung_left, one.mask("lung_left")) > 0.92
     assert dice(found.heart, one.mask("heart")) > 0.65
-    blood = functools.reduce(
-        np.logical_or,
-        (one.mask(name) for name in ("pulmonary_artery", "pulmonary_vein", "aorta", "left_ventricle", "left_atrium")),
-    )
-    assert (found.vessels & blood).sum() > 0.4 * blood.sum()  # the descending aorta lies too far back
+    blood = np.logical_or.reduce([one.mask(name) for name in OPACIFIED])
+    assert dice(found.vessels, blood) > 0.7  # the descending aorta lies too far back
     assert (found.vessels & one.mask("bone")).sum() < 0.15 * found.vessels.sum()
 
 
@@ -59,6 +57,45 @@ def test_sizes_follow_the_patients():
     true = [phantom(seed).volume_ml("heart") for seed in SEEDS]
     assert np.corrcoef([one["heart_ml"] for one in found], true)[0, 1] > 0.9
     assert np.corrcoef([one["heart_shadow_cm2"] for one in found], true)[0, 1] > 0.8
+
+
+@pytest.mark.slow
+def test_volumes_of_eight_phantoms_follow_the_truth_with_little_bias():
+    """Correlation, bias in per cent of the true mean, and Dice, over patients that no rule was chosen on."""
+    found, true, overlap = [], [], []
+    for seed in (1, 3, 6, 8, 11, 14, 20, 31):
+        one = phantom(seed)
+        blood = np.logical_or.reduce([one.mask(name) for name in OPACIFIED])
+        true_width = measure_segmentation(known(one), one.affine)["body_width_mm"]
+        parts = segment(one.hu, one.affine)
+        measured = measure_segmentation(parts, one.affine)
+        found.append([
+            parts.body.sum() * one.voxel_ml, measured["lung_ml"], measured["heart_ml"], measured["vessel_ml"],
+            measured["body_width_mm"],
+        ])  # fmt: skip
+        true.append([
+            one.body_mask.sum() * one.voxel_ml, one.volume_ml("lungs"), one.volume_ml("heart"),
+            (blood & (one.hu > 150)).sum() * one.voxel_ml, true_width,
+        ])  # fmt: skip
+        overlap.append(dice(parts.vessels, blood))
+    correlation = [np.corrcoef(a, b)[0, 1] for a, b in zip(np.transpose(found), np.transpose(true), strict=True)]
+    bias = np.mean(found, axis=0) / np.mean(true, axis=0) - 1
+    names = ("body", "lungs", "heart", "vessels", "width")
+    assert dict(zip(names, np.round(correlation, 2), strict=True)) == {
+        "body": pytest.approx(1.0, abs=0.01),
+        "lungs": pytest.approx(1.0, abs=0.01),
+        "heart": pytest.approx(0.85, abs=0.1),  # 0.80 when this was written
+        "vessels": pytest.approx(0.95, abs=0.05),
+        "width": pytest.approx(1.0, abs=0.01),
+    }
+    assert dict(zip(names, np.round(bias, 3), strict=True)) == {
+        "body": pytest.approx(0.015, abs=0.01),
+        "lungs": pytest.approx(0.0, abs=0.02),
+        "heart": pytest.approx(0.4, abs=0.1),  # it is more than the heart, see `Segmentation.heart`
+        "vessels": pytest.approx(-0.12, abs=0.08),  # less the descending aorta
+        "width": pytest.approx(0.01, abs=0.02),
+    }
+    assert min(overlap) > 0.7
 
 
 def test_right_and_left_change_sides_with_the_volume():

@@ -42,6 +42,22 @@ def test_two_scales_are_the_weighted_product():
     assert ms_ssim_3d(a, b) == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_exponents_are_the_published_ones():
+    """Wang, Simoncelli and Bovik 2003, section 3.2, fine to coarse; printed with four digits they sum to 1.0001."""
+    assert SCALE_WEIGHTS == (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+    assert sum(SCALE_WEIGHTS) == pytest.approx(1.0001)
+
+
+@pytest.mark.slow
+def test_two_scales_agree_with_another_implementation():
+    metrics = pytest.importorskip("monai.metrics")
+    a = smooth(0)
+    b = 0.8 * a + 0.2 * smooth(1)
+    weights = [weight / sum(SCALE_WEIGHTS[:2]) for weight in SCALE_WEIGHTS[:2]]
+    other = metrics.MultiScaleSSIMMetric(spatial_dims=3, kernel_size=11, kernel_sigma=1.5, weights=weights)
+    assert ms_ssim_3d(a, b) == pytest.approx(float(other(a[None, None], b[None, None])), abs=1e-4)
+
+
 def test_streaming_changes_nothing(monkeypatch):
     a, b = smooth(0), smooth(1)
     whole = ms_ssim_3d(a, b)

@@ -8,14 +8,18 @@ from hypothesis import strategies as st
 from scipy import linalg
 
 from dataset.intensity import HUWindow
-from errors import InputError
+from errors import ConfigurationError, InputError
 from evaluation.metrics.frechet import (
+    PLANES,
     Gaussian,
+    features_of_slices,
     fit_gaussian,
     frechet_3d,
     frechet_25d,
     frechet_distance,
+    load_features,
     load_torchscript,
+    planes_of_map,
     pooled_code,
     slices_of,
 )
@@ -45,6 +49,29 @@ def test_distance_is_symmetric_zero_for_equal_and_equals_the_textbook_formula(fi
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-6, abs=1e-6)
     assert frechet_distance(a, a) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_gaussians_that_do_not_commute_have_a_closed_form():
+    """In two dimensions tr (AB)^½ = (tr AB + 2 (det A det B)^½)^½, since the two roots of the eigenvalues add up."""
+    a = Gaussian(np.array([1.0, 0.0]), np.array([[2.0, 1.0], [1.0, 1.0]]))
+    b = Gaussian(np.array([0.0, 2.0]), np.array([[1.0, -0.5], [-0.5, 3.0]]))
+    # tr A = 3, tr B = 4, tr AB = 2 - 0.5 - 0.5 + 3 = 4, det A = 1, det B = 2.75, |Δμ|² = 5
+    assert frechet_distance(a, b) == pytest.approx(5 + 3 + 4 - 2 * np.sqrt(4 + 2 * np.sqrt(2.75)))
+
+
+def test_samples_of_two_gaussians_come_near_their_distance():
+    rng = np.random.default_rng(3)
+    a, b = random_gaussian(0), random_gaussian(1)
+    drawn = [fit_gaussian(rng.multivariate_normal(one.mean, one.covariance, 20_000)) for one in (a, b)]
+    assert frechet_distance(*drawn) == pytest.approx(frechet_distance(a, b), rel=0.03)
+
+
+def test_the_weight_of_shrinkage_is_that_of_the_paper():
+    """Chen et al. 2010, eq. 23, by hand: S = diag(2, ½), p = 2, n = 16: tr S² = 4.25, tr² S = 6.25, ρ = 6.25 / 18."""
+    rows = np.tile([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]], (4, 1))
+    weight = 6.25 / (16 * (4.25 - 6.25 / 2))
+    expected = np.diag([2 * (1 - weight) + 1.25 * weight, 0.5 * (1 - weight) + 1.25 * weight])
+    np.testing.assert_allclose(fit_gaussian(rows).covariance, expected)
 
 
 def test_shrinkage_is_invertible_with_few_samples_and_vanishes_with_many():
@@ -113,10 +140,11 @@ def volumes():
 
 def test_blur_and_wrong_intensities_are_further_than_other_patients(volumes):
     real, others = volumes[:6], volumes[6:]
-    near = frechet_25d(real, others, moments, WINDOW, slices=4, size=24)
+    features = features_of_slices(moments, WINDOW, slices=4, size=24)
+    near = frechet_25d(real, others, features)
     darker = [hu - 150 for hu in others]
-    far = frechet_25d(real, darker, moments, WINDOW, slices=4, size=24)
-    same = frechet_25d(real, real, moments, WINDOW, slices=4, size=24)
+    far = frechet_25d(real, darker, features)
+    same = frechet_25d(real, real, features)
     assert same["frechet"] == pytest.approx(0.0, abs=1e-9)
     assert far["frechet"] > 3 * near["frechet"]
     parts = [far[f"frechet_{plane}"] for plane in ("axial", "coronal", "sagittal")]
@@ -135,7 +163,7 @@ def test_features_of_a_codec_see_what_it_codes(volumes):
 
 def test_an_empty_set_is_refused(volumes):
     with pytest.raises(InputError, match="no volumes"):
-        frechet_25d([], volumes, moments, WINDOW)
+        frechet_25d([], volumes, features_of_slices(moments, WINDOW))
     with pytest.raises(InputError, match="no volumes"):
         frechet_3d(volumes, [], pooled_code(torch.nn.Conv3d(1, 2, 4, stride=4)), WINDOW)
 
@@ -146,7 +174,51 @@ def test_features_from_a_torchscript_file(tmp_path, volumes):
     loaded = load_torchscript(tmp_path / "net.pt")
     slices = slices_of(WINDOW.to_unit(torch.from_numpy(volumes[0])), "axial", 3, 24)
     assert torch.equal(loaded(slices), network(slices))
-    assert frechet_25d(volumes[:4], volumes[4:8], loaded, WINDOW, slices=2, size=24)["frechet"] > 0
+    features = features_of_slices(loaded, WINDOW, slices=2, size=24)
+    assert frechet_25d(volumes[:4], volumes[4:8], features)["frechet"] > 0
+
+
+def test_features_from_an_installed_package(tmp_path, monkeypatch, volumes):
+    (tmp_path / "slice_features.py").write_text(
+        "import torch\n"
+        "class Means(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        assert not self.training\n"
+        "        return torch.stack([x.mean((1, 2, 3)), x.std((1, 2, 3))], 1)\n"
+        "def with_argument(size):\n"
+        "    return Means()\n"
+        "def nothing():\n"
+        "    return 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    name, network = load_features("slice_features:Means")
+    assert name == "slice_features:Means"
+    found = features_of_slices(network, WINDOW, slices=2, size=24)(volumes[0])
+    assert {plane: rows.shape for plane, rows in found.items()} == dict.fromkeys(PLANES, (2, 2))
+    for given_name, reason in {
+        "no_such_package:Means": "No module named 'no_such_package'",
+        "slice_features:Medians": "has no Medians",
+        "slice_features:with_argument": "without arguments",
+        "slice_features:nothing": "int, a network is needed",
+    }.items():
+        with pytest.raises(ConfigurationError, match=reason):
+            load_features(given_name)
+    with pytest.raises(InputError, match=r"none\.pt: not there"):
+        load_features(str(tmp_path / "none.pt"))
+
+
+def test_slices_of_a_feature_map_are_pooled_plane_by_plane():
+    features = torch.arange(2 * 3 * 4 * 5, dtype=torch.float32).reshape(2, 3, 4, 5)
+    found = planes_of_map(features)
+    assert {plane: rows.shape for plane, rows in found.items()} == {
+        "axial": (3, 4),
+        "coronal": (4, 4),
+        "sagittal": (5, 4),
+    }
+    means, maxima = found["sagittal"][:, :2], found["sagittal"][:, 2:]
+    np.testing.assert_allclose(means, features.mean((1, 2)).T)
+    np.testing.assert_allclose(maxima, features.amax((1, 2)).T)
+    np.testing.assert_allclose(found["axial"][1], [*features[:, 1].mean((1, 2)), *features[:, 1].amax((1, 2))])
 
 
 class Canary:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import InputError
-from evaluation.metrics.statistics import Interval, auroc, auroc_interval, bootstrap, delong
+from evaluation.metrics.statistics import Interval, auroc, auroc_interval, bootstrap, brier, delong
 
 SCORES = st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=30)
 
@@ -154,6 +154,28 @@ def test_delong_is_its_equations(cases, data):
     swapped = delong(second, first, labels)
     assert swapped.p_value == pytest.approx(result.p_value)
     assert swapped.difference.estimate == pytest.approx(-result.difference.estimate)
+
+
+def test_delong_of_a_case_worked_out_by_hand():
+    """Three positives, two negatives. First: V10 = (1, 1, ½), V01 = (1, ⅔), A = ⅚; second: (½, 1, 1), (⅔, 1), ⅚.
+
+    The areas are equal; the differences of the components are (½, 0, -½) and (⅓, -⅓), of variance ¼ and 2/9, so that
+    Var = ¼ / 3 + 2/9 / 2 = 7/36.
+    """
+    labels = [1, 1, 1, 0, 0]
+    result = delong([5, 4, 2, 1, 3], [2, 5, 4, 3, 1], labels)
+    assert (result.first, result.second) == (pytest.approx(5 / 6), pytest.approx(5 / 6))
+    assert result.difference.high == pytest.approx(1.959964 * math.sqrt(7 / 36))
+    assert result.p_value == pytest.approx(1.0)
+
+
+def test_brier_score_of_known_predictions():
+    assert brier([0, 0, 0], [1, 0, 1]) == pytest.approx(0.25)
+    assert brier([100, -100], [1, 0]) == pytest.approx(0)
+    assert brier([1000, -1000], [0, 1]) == pytest.approx(1)
+    assert brier([math.log(3)], [1]) == pytest.approx(1 / 16)
+    with pytest.raises(InputError, match="2 scores, 3 labels"):
+        brier([1, 2], [0, 1, 1])
 
 
 def paired_scores(rng, n, gain_first, gain_second):
