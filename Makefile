@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-DEMO := outputs/demo
+DEMO := outputs/$(if $(DATA),own,demo)
 # Pins first, so that a CPU-only machine takes the torch it was told to.
 STAMP := $(VENV)/.installed
 
@@ -16,10 +16,9 @@ $(STAMP): requirements.txt pyproject.toml
 	$(PY) -m pip install --quiet -e '.[dev]'
 	touch $(STAMP)
 
+# `make demo DATA=folder`: the same on your own DICOM or NIfTI
 demo: $(STAMP)
-	$(PY) baseline_256x256x64/train/train_vqgan.py experiment=demo output_dir=$(DEMO) \
-	  $(if $(wildcard $(DEMO)/checkpoints/last.ckpt),ckpt_path=last)
-	$(PY) evaluation/reconstruct.py --run $(DEMO)
+	$(PY) demo.py --output $(DEMO) $(if $(DATA),--data "$(DATA)")
 
 # one thread each: two workers share the cores, and threads that wait for a core spin
 test: $(STAMP)
