@@ -39,6 +39,7 @@ bench: $(STAMP)
 	$(PY) benchmarks/stitch.py --json outputs/bench_stitch.json
 	$(PY) benchmarks/seams.py --json outputs/bench_seams.json
 	$(PY) benchmarks/ddpm.py --json outputs/bench_ddpm.json
+	$(PY) benchmarks/inference.py --json outputs/bench_inference.json
 
 clean:
 	rm -rf outputs .pytest_cache .mypy_cache .ruff_cache

@@ -20,8 +20,9 @@ from dataset.phantom import Phantom, make_phantom
 from dataset.sources import PhantomSource, VolumeSource
 from ddpm.classifier.judge import Judge
 from ddpm.conditions import UNKNOWN_LABEL, ConditionBatch
+from ddpm.patient import joined
 from errors import InputError
-from evaluation.held_out import HeldOut, Sampling, conditions_of, joined, with_xrays_of
+from evaluation.held_out import HeldOut, Sampling, conditions_of, with_xrays_of
 from evaluation.metrics.anatomy import Segmentation, dice, segment
 from evaluation.metrics.frechet import PlaneFeatures
 from evaluation.metrics.lesions import find_lesions

@@ -235,16 +235,3 @@ def mirrored(batch: ConditionBatch) -> ConditionBatch:
     rays = batch.ray_grid.flip(4).clone()  # (B, V, d, h, w, 2)
     rays[..., 0] = -rays[..., 0]
     return replace(batch, xray=batch.xray.flip(-1), xray_present=present, ray_grid=rays)
-
-
-def joined(batches: list[ConditionBatch]) -> ConditionBatch:
-    """Several batches as one."""
-    extras = [batch.extra for batch in batches if batch.extra is not None]
-    return ConditionBatch(
-        torch.cat([batch.xray for batch in batches]),
-        torch.cat([batch.xray_present for batch in batches]),
-        torch.cat([batch.ray_grid for batch in batches]),
-        torch.cat([batch.label for batch in batches]),
-        tuple(text for batch in batches for text in batch.text),
-        torch.cat(extras) if extras else None,
-    )

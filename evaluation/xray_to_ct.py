@@ -49,7 +49,8 @@ def evaluate_case(held_out: HeldOut, number: int, other: int, sampling: Sampling
     Raises:
         InputError: the patient, or the other one, cannot be read.
     """
-    from evaluation.held_out import conditions_of, joined, mirrored, with_xrays_of, without_conditions
+    from ddpm.patient import joined
+    from evaluation.held_out import conditions_of, mirrored, with_xrays_of, without_conditions
 
     sample, stranger = held_out.cases[number], held_out.cases[other]
     for entry in (sample, stranger):

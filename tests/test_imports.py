@@ -18,7 +18,9 @@ def imported_by(module: str, tmp_path) -> set[str]:
     return set(result.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["vq_gan_3d.codec", "vq_gan_3d.checkpointing", "ddpm.conditioner", "ddpm.generate"])
+@pytest.mark.parametrize(
+    "module", ["vq_gan_3d.codec", "vq_gan_3d.checkpointing", "ddpm.generate", "ddpm.inference_run", "vqgan_inference"]
+)
 def test_the_inference_road_is_light(module, tmp_path):
     loaded = imported_by(module, tmp_path)
     assert "torch" in loaded

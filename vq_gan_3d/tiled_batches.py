@@ -76,7 +76,7 @@ class TileRunner:
                     )
                 self.batch = len(part) // 2
                 logger.warning(
-                    "%s is out of memory with %d tiles at once: going on with %d", self.device, len(part), self.batch
+                    "%s is out of memory with %d at once: going on with %d", self.device, len(part), self.batch
                 )
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()

@@ -15,7 +15,8 @@ from PIL import Image
 
 from dataset.intensity import HUWindow
 from ddpm.conditions import UNKNOWN_LABEL, ConditionBatch
-from evaluation.held_out import HeldOut, LinearMap, joined, mirrored, open_run, with_xrays_of, without_conditions
+from ddpm.patient import joined
+from evaluation.held_out import HeldOut, LinearMap, mirrored, open_run, with_xrays_of, without_conditions
 from evaluation.sampler_table import judge
 from tests.ddpm.tiny import ddpm_command, saved_codec
 from tests.helpers import ROOT, assert_one_line_error, environment
