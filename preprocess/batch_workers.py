@@ -192,6 +192,7 @@ def _serve(connection: Connection, log_level: int) -> None:
 
 
 def _leave(number: int, frame: Any) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the parent asks again, which must not disturb the way out
     raise SystemExit(int(ExitCode.SIGTERM))  # not killed: a half-written temporary file is removed on the way out
 
 

@@ -19,7 +19,7 @@ def imported_by(module: str, tmp_path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["vq_gan_3d.codec", "vq_gan_3d.checkpointing", "ddpm.generate", "ddpm.inference_run", "vqgan_inference"]
+    "module", ["vq_gan_3d.codec", "vq_gan_3d.checkpointing", "ddpm.generate", "ddpm.inference_run"]
 )
 def test_the_inference_road_is_light(module, tmp_path):
     loaded = imported_by(module, tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from itertools import product
 
 import pytest
@@ -43,13 +44,17 @@ def randomized(config: CodecConfig, seed: int = 0) -> VQCodec:
     return codec
 
 
+def names_of(settings):
+    return {entry.name for entry in fields(settings)}
+
+
 def default_model():
     from vq_gan_3d.vqgan import VQGAN, HUWindow, LossConfig, OptimizerConfig
 
     values = OmegaConf.to_container(OmegaConf.load(ROOT / "config/model/vq_gan_3d.yaml"))
-    codec = CodecConfig.from_dict({k: v for k, v in values.items() if k in CodecConfig.__dataclass_fields__})
-    losses = LossConfig(**{k: v for k, v in values.items() if k in LossConfig.__dataclass_fields__})
-    assert set(values) == CodecConfig.__dataclass_fields__.keys() | LossConfig.__dataclass_fields__.keys()
+    codec = CodecConfig.from_dict({k: v for k, v in values.items() if k in names_of(CodecConfig)})
+    losses = LossConfig(**{k: v for k, v in values.items() if k in names_of(LossConfig)})
+    assert set(values) == names_of(CodecConfig) | names_of(LossConfig)
     return VQGAN(codec, losses, OptimizerConfig(), HUWindow())
 
 
