@@ -1,6 +1,6 @@
 """Write phantom patients as a hospital would hand them over: DICOM CT series, radiographs, and a table of patients.
 
-python preprocess/make_phantom_cohort.py --output hospital --patients 96 --held-out 20 --workers 2
+python preprocess/make_phantom_cohort.py --output hospital --patients 84 --held-out 20 --workers 2
 
 `ct/PATIENT/IM0001.dcm` … are one contrast-enhanced series a patient. The last patients of the cohort are held out: they
 come with a frontal radiograph, `xray/PATIENT_frontal.png`, rendered from their volume, with its geometry as JSON beside
@@ -84,11 +84,11 @@ def write_table(path: Path, records: dict[str, dict[str, Any]], held_out: set[st
 
 
 def parse_spacing(text: str) -> list[float]:
-    """``6.75x6.75x8`` (W×H×D in mm) -> [d, h, w]."""
+    """``6.75x6.75x5`` (W×H×D in mm) -> [d, h, w]."""
     try:
         w, h, d = (float(part) for part in text.replace("×", "x").split("x"))
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: a spacing W×H×D in mm such as 6.75x6.75x8") from error
+        raise argparse.ArgumentTypeError(f"{text!r}: a spacing W×H×D in mm such as 6.75x6.75x5") from error
     return [d, h, w]
 
 
@@ -96,12 +96,12 @@ def parse_arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=absolute_path, required=True, help="folder for the cohort")
-    parser.add_argument("--patients", type=int, default=96, help="(default: 96)")
+    parser.add_argument("--patients", type=int, default=84, help="(default: 84)")
     parser.add_argument("--held-out", type=int, default=20, help="of them, with a radiograph (default: 20)")
     parser.add_argument("--first-seed", type=int, default=0, help="of the phantoms (default: 0)")
-    parser.add_argument("--size", type=parse_grid, default="64x64x40", help="voxels W×H×D (default: 64x64x40)")
+    parser.add_argument("--size", type=parse_grid, default="64x64x64", help="voxels W×H×D (default: 64x64x64)")
     parser.add_argument(
-        "--spacing", type=parse_spacing, default="6.75x6.75x8", help="W×H×D in mm (default: 6.75x6.75x8)"
+        "--spacing", type=parse_spacing, default="6.75x6.75x5", help="W×H×D in mm (default: 6.75x6.75x5)"
     )
     parser.add_argument("--pixels", type=int, default=256, help="across a radiograph of 430 mm (default: 256)")
     parser.add_argument("--workers", type=int, default=0, help="worker processes (default: 0, in this process)")
