@@ -24,6 +24,8 @@ def test_the_quick_run_writes_the_rows_that_others_read(tmp_path: Path) -> None:
     for words, unit in (("10 steps", "s"), ("20 steps", "s"), ("decoder", "%"), ("peak memory", "GB"), ("torch", "s")):
         found = [row for what, row in rows.items() if words in what]
         assert found
-        assert all(row["unit"] == unit and row["value"] > 0 for row in found if "beyond" not in row["what"])
+        assert all(row["unit"] == unit for row in found)
+        if unit != "%" and words != "torch":  # a share and a difference of two timings may be lost in a busy machine
+            assert all(row["value"] > 0 for row in found)
     (share,) = [row["value"] for what, row in rows.items() if "decoder" in what]
     assert share < 100

@@ -272,7 +272,7 @@ def check_learning(diffusion: Diffusion, kind: str, steps: int = 200) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_learns_from_every_kind_of_condition(kind: str) -> None:
-    check_learning(Diffusion(), kind)
+    check_learning(Diffusion(weighting="min_snr"), kind)
 
 
 @pytest.mark.slow
