@@ -21,13 +21,8 @@ def test_the_quick_run_writes_the_rows_that_others_read(tmp_path: Path) -> None:
     assert {"machine", "date", "versions", "rows"} <= set(content)
     rows = {row["what"]: row for row in content["rows"]}
     assert all(what.startswith("X-ray to volume") for what in rows)
-    for words, unit in (
-        (": 10 steps", "s"),
-        (": 20 steps", "s"),
-        ("decoder", "%"),
-        ("peak memory", "GB"),
-        ("torch", "s"),
-    ):
+    known = {": 10 steps": "s", ": 20 steps": "s", "decoder": "%", "peak memory": "GB", "torch": "s"}
+    for words, unit in known.items():
         found = [row for what, row in rows.items() if words in what]
         assert found
         assert all(row["unit"] == unit for row in found)
