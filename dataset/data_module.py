@@ -48,6 +48,21 @@ def _given_splits(sources: Sequence[VolumeSource]) -> dict[str, str | None]:
     return given
 
 
+def training_order(count: int, batch_size: int, seed: int, rank: int, world_size: int) -> ResumableSampler:
+    """The order in which ``count`` training samples are drawn.
+
+    Raises:
+        ConfigurationError: they do not fill one global batch.
+    """
+    sampler = ResumableSampler(count, batch_size, seed, rank, world_size)
+    if sampler.batches == 0:
+        raise ConfigurationError(
+            f"{count} training samples do not fill one batch of {batch_size} × {world_size} process(es): "
+            "lower training.batch_size or add volumes"
+        )
+    return sampler
+
+
 class VolumeDataModule(pl.LightningDataModule):
     """Volumes split by patient, prepared once by one process, loaded by all.
 
@@ -144,13 +159,7 @@ class VolumeDataModule(pl.LightningDataModule):
                 seed=self.seed,
                 tissue_bias=self.tissue_bias,
             )
-        count = len(self.datasets["training"])
-        self.sampler = ResumableSampler(count, self.batch_size, self.seed, rank, world_size)
-        if self.sampler.batches == 0:
-            raise ConfigurationError(
-                f"{count} training samples do not fill one batch of {self.batch_size} × {world_size} process(es): "
-                "lower training.batch_size or add volumes"
-            )
+        self.sampler = training_order(len(self.datasets["training"]), self.batch_size, self.seed, rank, world_size)
         return self.sampler
 
     @property

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 from omegaconf import DictConfig
-from torch.utils.data import DataLoader
 
 from dataset.data_module import VolumeDataModule
 from dataset.from_config import data_module, plain_dict, size_dhw
 from dataset.geometry import spacing_mm
+from dataset.on_volumes import OnVolumesDataModule
 from dataset.sampler import ResumableSampler
-from dataset.sources import VolumeSource
 from dataset.xray_augment import XRayAugmentation
 from ddpm.latent_dataset import LatentDataset, LatentSettings, Triple, collate_latents
 from ddpm.prepare import LatentLibrary, prepare_cases
@@ -24,7 +21,7 @@ from vq_gan_3d.latents import FrozenCodec, LatentScaler, LatentStatistics
 _GEOMETRIC = ("rotation_deg", "scale", "shift")
 
 
-class LatentDataModule(pl.LightningDataModule):
+class LatentDataModule(OnVolumesDataModule):
     """Latents split by patient, as `VolumeDataModule` splits volumes, which it holds and prepares.
 
     Args:
@@ -46,34 +43,13 @@ class LatentDataModule(pl.LightningDataModule):
         validation_cases: int = 32,
         statistics: LatentStatistics | None = None,
     ) -> None:
-        super().__init__()
-        self.volumes = volumes
+        super().__init__(volumes)
         self.codec = codec
         self.settings = settings
         self.latents_dir = latents_dir
         self.validation_cases = validation_cases
         self.statistics = statistics
         self.datasets: dict[str, LatentDataset] = {}
-
-    @property
-    def manifest(self) -> str:
-        """Hash of the cohort."""
-        return self.volumes.manifest
-
-    @property
-    def sources(self) -> dict[str, list[VolumeSource]]:
-        """The cohort by split."""
-        return self.volumes.sources
-
-    @property
-    def bad(self) -> dict[str, str]:
-        """Cases that could not be prepared, with the reason."""
-        return self.volumes.bad
-
-    @property
-    def batches_in_flight(self) -> int:
-        """Batches that workers hold at a time."""
-        return self.volumes.batches_in_flight
 
     @property
     def latent_dhw(self) -> Triple:
@@ -117,38 +93,13 @@ class LatentDataModule(pl.LightningDataModule):
                 training=training,
                 crops_per_volume=self.volumes.patches_per_volume if training else 1,
             )
-        self.volumes.datasets = dict(self.datasets)  # type: ignore[arg-type]  # its loaders and names serve ours
-        self.volumes.collate = collate_latents
-        v = self.volumes
-        v.sampler = ResumableSampler(len(self.datasets["training"]), v.batch_size, v.seed, rank, world_size)
-        if v.sampler.batches == 0:
-            raise ConfigurationError(
-                f"{len(self.datasets['training'])} training samples do not fill one batch of {v.batch_size} × "
-                f"{world_size} process(es): lower training.batch_size or add volumes"
-            )
-        return v.sampler
+        return self.take_over(self.datasets, collate_latents, rank, world_size)
 
     def spacing_statistics(self) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
         """Mean and standard deviation of the training volumes' voxel spacing (d, h, w) in mm."""
         spacings = np.array([spacing_mm(case.volume.affine) for case in self.datasets["training"].cases])
         mean, std = spacings.mean(0), spacings.std(0)
         return (float(mean[0]), float(mean[1]), float(mean[2])), (float(std[0]), float(std[1]), float(std[2]))
-
-    def names_of_training(self, steps: int) -> list[str]:
-        """What workers are busy with after ``steps`` batches."""
-        return self.volumes.names_of_training(steps)
-
-    def names_of_validation(self) -> list[str]:
-        """Held-out cases of this rank, in order."""
-        return self.volumes.names_of_validation()
-
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Loader of training batches."""
-        return self.volumes.train_dataloader()
-
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Loader of held-out cases, one at a time."""
-        return self.volumes.val_dataloader()
 
 
 def latent_data_module(

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from dataset.data_module import VolumeDataModule
+from dataset.on_volumes import OnVolumesDataModule
 from dataset.prepared import PreparedVolume
 from dataset.sampler import ResumableSampler
 from dataset.sources import VolumeSource
 from dataset.volume_dataset import first_readable
 from dataset.xray import load_xray
 from ddpm.prepare import radiographs_of
-from errors import ConfigurationError, InputError
+from errors import InputError
 
 FOLDER = "xrays"  # of rendered pictures in the cache, the same as the diffusion model's
 
@@ -74,7 +74,7 @@ def collate_radiographs(samples: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-class RadiographDataModule(pl.LightningDataModule):
+class RadiographDataModule(OnVolumesDataModule):
     """Radiographs split by patient as `VolumeDataModule` splits volumes, which it holds and prepares.
 
     Args:
@@ -83,30 +83,9 @@ class RadiographDataModule(pl.LightningDataModule):
     """
 
     def __init__(self, volumes: VolumeDataModule, size: int) -> None:
-        super().__init__()
-        self.volumes = volumes
+        super().__init__(volumes)
         self.size = size
         self.datasets: dict[str, RadiographDataset] = {}
-
-    @property
-    def manifest(self) -> str:
-        """Hash of the cohort."""
-        return self.volumes.manifest
-
-    @property
-    def sources(self) -> dict[str, list[VolumeSource]]:
-        """The cohort by split."""
-        return self.volumes.sources
-
-    @property
-    def bad(self) -> dict[str, str]:
-        """Cases that could not be prepared, with the reason."""
-        return self.volumes.bad
-
-    @property
-    def batches_in_flight(self) -> int:
-        """Batches that workers hold at a time."""
-        return self.volumes.batches_in_flight
 
     def build(self, rank: int, world_size: int) -> ResumableSampler:
         """Prepare volumes and radiographs, and the training order; caches make it cheap the second time.
@@ -133,29 +112,4 @@ class RadiographDataModule(pl.LightningDataModule):
                 )
             kept = [volume for volume in dataset.volumes if volume.name in pictures]
             self.datasets[split] = RadiographDataset(kept, list(pictures.values()), self.size)
-        v.datasets = dict(self.datasets)  # type: ignore[arg-type]  # its loaders and names serve ours
-        v.collate = collate_radiographs
-        count = len(self.datasets["training"])
-        v.sampler = ResumableSampler(count, v.batch_size, v.seed, rank, world_size)
-        if v.sampler.batches == 0:
-            raise ConfigurationError(
-                f"{count} training radiographs do not fill one batch of {v.batch_size} × {world_size} process(es): "
-                "lower training.batch_size or add cases"
-            )
-        return v.sampler
-
-    def names_of_training(self, steps: int) -> list[str]:
-        """What workers are busy with after ``steps`` batches."""
-        return self.volumes.names_of_training(steps)
-
-    def names_of_validation(self) -> list[str]:
-        """Held-out cases of this rank, in order."""
-        return self.volumes.names_of_validation()
-
-    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Loader of training batches."""
-        return self.volumes.train_dataloader()
-
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """Loader of held-out cases, one at a time."""
-        return self.volumes.val_dataloader()
+        return self.take_over(self.datasets, collate_radiographs, rank, world_size)

@@ -133,18 +133,24 @@ def test_it_learns_on_latents_as_well():
     assert x.abs().max() <= 1.01
     config = ClassifierConfig("latent", codec.channels, (8,), ((1, 2, 2),), (1,), dropout=0.0)
     classifier = PEClassifier(config)
-    optimizer = torch.optim.Adam(classifier.parameters(), 0.02)
+    losses = fit(classifier, x, labels, 0.02, 30)
+    assert losses[-1] < 0.3 * losses[0]
+    assert classifier(x[..., :3]).shape == (16,)  # crops of latents too
+    gradient = ClassifierGuidance(classifier.logits, labels).gradient(x)
+    assert gradient.abs().sum() > 0
+
+
+def fit(classifier, x, labels, learning_rate, steps):
+    """Train; the loss of each step."""
+    optimizer = torch.optim.Adam(classifier.parameters(), learning_rate)
     losses = []
-    for _ in range(30):
+    for _ in range(steps):
         loss = F.binary_cross_entropy_with_logits(classifier(x), labels.float())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert losses[-1] < 0.3 * losses[0]
-    assert classifier(x[..., :3]).shape == (16,)  # crops of latents too
-    gradient = ClassifierGuidance(classifier.logits, labels).gradient(x)
-    assert gradient.abs().sum() > 0
+    return losses
 
 
 def pictures(n, seed):
@@ -164,14 +170,7 @@ def test_it_learns_on_radiographs_alone():
     classifier = PEClassifier(ClassifierConfig("xray", widths=(8, 16), xray_size=32, dropout=0.0))
     assert all(p.dim() <= 4 for p in classifier.parameters())  # no convolution in 3D
     x, labels = pictures(64, seed=0)
-    optimizer = torch.optim.Adam(classifier.parameters(), 0.01)
-    losses = []
-    for _ in range(40):
-        loss = F.binary_cross_entropy_with_logits(classifier(x), labels.float())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = fit(classifier, x, labels, 0.01, 40)
     assert losses[-1] < 0.3 * losses[0]
     unseen, truth = pictures(40, seed=1)
     with torch.no_grad():
