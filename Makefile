@@ -16,7 +16,7 @@ $(STAMP): requirements.txt pyproject.toml
 	$(PY) -m pip install --quiet -e '.[dev]'
 	touch $(STAMP)
 
-# `make demo DATA=folder`: the same on your own DICOM or NIfTI
+# `make demo DATA=folder`: the same on your own DICOM or NIfTI; DEMO=folder: results there, for a second set of data
 demo: $(STAMP)
 	$(PY) demo.py --output $(DEMO) $(if $(DATA),--data "$(DATA)")
 

@@ -109,7 +109,7 @@ def preparation(plan: Plan) -> Iterator[Stage]:
     yield Stage("pairs", "CTs joined with radiographs, labels and splits", "preprocess/make_pairs.py",
                 ("--input", _path(at("volumes")), "--xrays", _path(at("drr")), "--output", _path(at("pairs.csv")),
                  "--held-out-xrays", _path(at("held_out_xrays")), *known),
-                (at("volumes"), at("drr"), *(() if patients is None else (patients,))),
+                (at("volumes"), at("drr"), *(() if patients is None else (patients, *_radiographs_of(patients)))),
                 (at("pairs.csv"), at("held_out_xrays")), (at("pairs.csv"), at("held_out_xrays")))  # fmt: skip
 
 
@@ -147,18 +147,20 @@ def judgement(plan: Plan) -> Iterator[Stage]:
     at, steps = plan.at, ("--steps", str(plan.sampling_steps))
     codec, ddpm = at("codec", "checkpoints", "final.ckpt"), at("ddpm", "checkpoints", "final.ckpt")
     figures, bundle = at("evaluation", "report.json"), at("final_model.ckpt")
+    words = f"{'phantoms' if plan.data is None else 'an own folder'}, volumes of {plan.size} voxels"
     yield Stage("evaluation", "held-out patients against right, shuffled, absent and mirrored radiographs",
                 "evaluation/xray_to_ct.py",
                 ("--run", _path(at("ddpm")), "--output", _path(at("evaluation")), *steps),
                 (ddpm,), (figures,), (at("evaluation"),))  # fmt: skip
     yield Stage("bundle", "one file for inference, with its model card", "ddpm/export_bundle.py",
                 ("--checkpoint", _path(ddpm), "--codec", _path(codec), "--output", _path(bundle),
-                 "--report", _path(figures)),
+                 "--report", _path(figures), "--data", words),
                 (ddpm, codec, figures), (bundle,), (bundle,))  # fmt: skip
     yield Stage("inference", "from X-ray files of held-out patients to volumes", "vqgan_inference.py",
                 ("--checkpoint", _path(bundle), "--xray", _path(at("held_out_xrays")),
                  "--output", _path(at("generated")), *steps, "--png"),
-                (bundle, at("held_out_xrays")), (at("generated"),), (at("generated"),))  # fmt: skip
+                (bundle, at("held_out_xrays"), *_targets(at("held_out_xrays"))), (at("generated"),),
+                (at("generated"),))  # fmt: skip
     yield Stage("report", "report", "evaluation/report.py",
                 ("--run", _path(plan.output), "--output", _path(at("report.html"))),
                 (figures, codec, ddpm, at("codec", "sample_reconstructions")), (at("report.html"),),
@@ -167,6 +169,22 @@ def judgement(plan: Plan) -> Iterator[Stage]:
 
 def _path(path: Path) -> str:
     return str(path.absolute())
+
+
+def _radiographs_of(patients: Path) -> list[Path]:
+    """The radiographs that a table of patients names, which may lie anywhere; none of a table that cannot be read."""
+    from dataset.pairs_table import table_rows
+
+    try:
+        cells = [row.get("xray", "") for _, row in table_rows(patients, None, ())]
+    except InputError:
+        return []  # the stage itself says what is wrong
+    return sorted({(patients.parent / Path(cell).expanduser()).resolve() for cell in cells if cell})
+
+
+def _targets(folder: Path) -> list[Path]:
+    """The files that the links of a folder lead to: a link itself does not change with its file."""
+    return sorted({path.resolve() for path in folder.iterdir()}) if folder.is_dir() else []
 
 
 def _holds_nifti(folder: Path) -> bool:
@@ -193,11 +211,14 @@ def verdict(plan: Plan, min_psnr_db: float | None, min_gain_db: float | None) ->
 
     codec = json.loads(plan.at("codec", "sample_reconstructions", "metrics.json").read_text())
     gain = json.loads(plan.at("evaluation", "report.json").read_text())["summary"]["gains"]["shuffled"]["psnr_body_db"]
-    low = math.nan if gain["low"] is None else gain["low"]
+    # no number, which is null in JSON, exceeds no threshold
+    restored, low, mean = (
+        math.nan if value is None else value for value in (codec["mean"]["psnr_db"], gain["low"], gain["estimate"])
+    )
     rows = (
-        ("held-out codec PSNR, dB", codec["mean"]["psnr_db"], "", min_psnr_db),
+        ("held-out codec PSNR, dB", restored, "", min_psnr_db),
         ("gain of the right over the shuffled X-ray, PSNR in the body, dB: lower end of its 95 % interval", low,
-         f" (mean {gain['estimate']:.2f}, {gain['n']} patients)", min_gain_db),
+         f" (mean {mean:.2f}, {gain['n']} patients)", min_gain_db),
     )  # fmt: skip
     passed = True
     for what, value, more, threshold in rows:
@@ -260,6 +281,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise ConfigurationError(f"{plan.output}: lies in the folder of data, which must not change: another --output")
     pipeline = Pipeline(plan.output)
     with pipeline.claimed():
+        pipeline.belongs_to("phantoms" if plan.data is None else str(plan.data.resolve()))
         for stage in stages(plan):
             pipeline.run(stage)
     least = [
@@ -268,7 +290,8 @@ def main(arguments: argparse.Namespace) -> int:
     ]
     print(f"\nall stages done in {time.monotonic() - begin:.0f} s")
     passed = verdict(plan, *least)
-    print(f"pictures: {shown(plan.at('evaluation'))}, {shown(plan.at('generated'))}")
+    pictures = plan.at("evaluation"), plan.at("generated"), plan.at("codec", "sample_reconstructions")
+    print(f"pictures: {', '.join(map(shown, pictures))}")
     print(f"model:    {shown(plan.at('final_model.ckpt'))}")
     print(f"report:   {shown(plan.at('report.html'))}")
     return ExitCode.OK if passed else ExitCode.BUG

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ddpm.device import DEVICE_HELP, chosen_device
 from errors import ConfigurationError, ExitCode, InputError, run_command
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from dataset.xray_decode import XRayView
     from ddpm.bundle import Bundle
     from ddpm.ctpa_volume import CTPAVolume
+    from ddpm.xray_files import XRayFiles
 
 __all__ = ["XRay2CTPA", "load_xray"]
 
@@ -78,10 +80,11 @@ class XRay2CTPA:
         Raises:
             InputError: missing, damaged, or no bundle.
             ConfigurationError: no such device, or a frozen encoder is missing.
+            MemoryExhaustedError: the device has no room for the model.
         """
         from ddpm.bundle import load_bundle
 
-        chosen = _device(device)
+        chosen = chosen_device(device)
         return cls(
             load_bundle(Path(path).expanduser(), chosen, text_path=text_path, image_encoder_path=image_encoder_path)
         )
@@ -99,6 +102,7 @@ class XRay2CTPA:
         text: str = "",
         label: int | None = None,
         precision: str = "fp32",
+        device: str | None = None,
     ) -> CTPAVolume:
         """Draw a CTPA volume for one patient; the same arguments give the same volume.
 
@@ -113,11 +117,12 @@ class XRay2CTPA:
             text: report, for a model that was trained with reports.
             label: 1 for an embolism, 0 for none, for a model that was trained with labels.
             precision: ``fp32`` or ``bf16``.
+            device: move the model there first and leave it there, as `load_checkpoint` names it; default where it is.
 
         Raises:
             InputError: an X-ray that this model does not take.
-            ConfigurationError: settings out of range, or a text or label for a model that takes none.
-            MemoryExhaustedError: one volume is too much for the device.
+            ConfigurationError: settings or device out of range, or a text or label for a model that takes none.
+            MemoryExhaustedError: the model or one volume is too much for the device.
         """
         from dataset.xray import XRay
         from ddpm.inference import Request, draw, volume_of
@@ -125,29 +130,23 @@ class XRay2CTPA:
         from ddpm.patient import prepare_patient
 
         request = Request(Sampling(steps, sampler, guidance, rescale), seed, samples, precision)
+        if device is not None:
+            self.bundle.move_to(chosen_device(device))
         xrays = [xray] if isinstance(xray, XRay) else list(xray)
         patient = prepare_patient(self.bundle, xrays, text, label)
         (hu,) = draw(self.bundle, [patient], request)
         return volume_of(self.bundle, request, patient, hu)
 
 
-def _device(name: str) -> str:
-    """The device that a user names.
-
-    Raises:
-        ConfigurationError: there is none of that name.
-    """
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "auto":
-        return "cuda" if count else "cpu"
-    if name == "cpu" or (name == "cuda" and count):
-        return name
-    number = name.removeprefix("cuda:")
-    if number.isdecimal() and int(number) < count:
-        return name
-    raise ConfigurationError(f"device {name!r}: this machine has {count} CUDA device(s): use auto, cpu, cuda or cuda:N")
+def _counted(jobs: Sequence[XRayFiles]) -> str:
+    """How many radiographs there are, and how many of them with what goes along."""
+    total, parts = len(jobs), [f"{len(jobs)} X-ray(s)"]
+    for what, count in (
+        ("lateral", sum(len(job.paths) > 1 for job in jobs)),
+        ("report", sum(job.report is not None for job in jobs)),
+    ):
+        parts += [f"{count} of {total} with a {what}"] if count else []
+    return ", ".join(parts)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -156,6 +155,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--checkpoint", type=Path, required=True, help="bundle of ddpm/export_bundle.py")
     parser.add_argument("--xray", type=Path, required=True, help="radiograph, or folder of radiographs")
     parser.add_argument("--lateral", type=Path, help="lateral view, or folder of those with the same names")
+    parser.add_argument("--report", type=Path, help="its report as .txt, or folder of those with the same names")
+    parser.add_argument("--label", type=int, choices=(0, 1), help="draw with (1) or without (0) an embolism")
     parser.add_argument("--output", type=Path, required=True, help="folder for results")
     parser.add_argument("--steps", type=int, default=20, help="of the sampler (default: 20)")
     parser.add_argument("--sampler", default="dpm_solver_pp_2m", help="(default: dpm_solver_pp_2m)")
@@ -164,7 +165,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--seed", type=int, default=0, help="of all randomness (default: 0)")
     parser.add_argument("--samples", type=int, default=1, help="per X-ray; 2 or more give mean and uncertainty")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="(default: fp32)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
     parser.add_argument("--batch", type=int, help="samples drawn together (default: as memory allows, 8 at most)")
     parser.add_argument("--image-encoder", help="folder of the frozen image encoder, for a model that has one")
     parser.add_argument("--text-encoder", help="folder of the frozen sentence encoder, for a model that has one")
@@ -179,21 +180,23 @@ def main(arguments: argparse.Namespace) -> int:
     """Volumes for all X-rays; exit 4 if some had to be left out, 3 if all."""
     if arguments.batch is not None and arguments.batch < 1:
         raise ConfigurationError(f"--batch {arguments.batch}: give 1 or more")
+    from ddpm.xray_files import find_xrays
+
+    a, output = arguments, arguments.output.expanduser()
+    jobs = find_xrays(a.xray, a.lateral, output, a.report)
+    print(f"{_counted(jobs)}: loading {a.checkpoint}", flush=True)  # before torch, which takes seconds to import
     from ddpm.inference import Request
     from ddpm.inference_run import Results, run
     from ddpm.network import Sampling
-    from ddpm.xray_files import find_xrays
 
-    a = arguments
     request = Request(Sampling(a.steps, a.sampler, a.guidance, a.rescale), a.seed, a.samples, a.precision)
-    output = a.output.expanduser()
-    jobs = find_xrays(a.xray, a.lateral, output)
     model = XRay2CTPA.load_checkpoint(
         a.checkpoint, a.device, text_path=a.text_encoder, image_encoder_path=a.image_encoder
     )
     bundle = model.bundle
-    print(f"{len(jobs)} X-ray(s), {a.steps} steps on {bundle.device}, bundle {bundle.checksum[:12]}", flush=True)
-    finished, failed = run(bundle, request, jobs, Results(output, a.png, a.dicom, a.overwrite), batch=a.batch)
+    print(f"{a.steps} steps on {bundle.device}, bundle {bundle.checksum[:12]}", flush=True)
+    results = Results(output, a.png, a.dicom, a.overwrite)
+    finished, failed = run(bundle, request, jobs, results, label=a.label, batch=a.batch)
     if not finished:
         first = next(iter(failed.values()))
         raise InputError(first if len(jobs) == 1 else f"none of {len(jobs)} X-rays could be used; the first: {first}")

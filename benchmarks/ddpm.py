@@ -3,7 +3,9 @@
 python benchmarks/ddpm.py [--quick] [--json FILE] [--device cuda]
 
 MONAI's is given the cheapest form of that size, narrow where the grid is fine, and is timed in both memory layouts; the
-faster one is the reference.
+faster one is the reference. Rows "told of an X-ray" are those of the shipped model, ``model=ddpm``: lifted features,
+tokens and a vector, in training with the encoder of the radiograph (in sampling it is asked once a volume). MONAI's, of
+as many parameters as U-Net and encoder together, is given as many tokens of the same width and need not make them.
 """
 
 from __future__ import annotations
@@ -14,22 +16,47 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 # A script's own folder comes first on the path, and there this file would hide the package `ddpm`.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import Row, medians, print_table, standard_parser, time_interleaved, write_report
 from benchmarks.peers import why_no_monai
 from benchmarks.reference import fused_adam
+from dataset.intensity import HUWindow
+from ddpm.conditioner import TOKEN_GRID
+from ddpm.conditions import ConditionBatch
+from ddpm.network import DDPMConfig, LatentDiffusion
 from ddpm.unet import UNet3D, UNetConfig
+from vq_gan_3d.latents import LatentStatistics
 
 Stride = tuple[int, int, int]
 Predictor = Callable[[Tensor, Tensor], Tensor]  # x (B, C, d, h, w), t (B,) in [0, 1] -> the shape of x
+MODEL = Path(__file__).resolve().parents[1] / "config/model/ddpm.yaml"
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last_3d}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model as it is timed.
+
+    Attributes:
+        model: whose parameters are trained.
+        training: what a training step calls.
+        sampling: what a sampling step calls.
+        x: noisy latent in the memory layout of the model.
+    """
+
+    model: nn.Module
+    training: Predictor
+    sampling: Predictor
+    x: Tensor
 
 
 @dataclass(frozen=True)
@@ -58,26 +85,54 @@ def our_unet(case: Case) -> UNet3D:
     return UNet3D(config)
 
 
-def monai_unet(channels: int) -> nn.Module | None:
-    """MONAI's U-Net of equal parameters for a latent of so many channels, or ``None`` where it is not installed."""
+def our_conditional(case: Case) -> LatentDiffusion:
+    """The shipped model for one case, 24.2 M parameters."""
+    settings: Any = OmegaConf.to_container(OmegaConf.load(MODEL), resolve=True)
+    config = DDPMConfig.build(
+        settings["unet"],
+        settings["diffusion"],
+        settings["conditioner"],
+        channels=case.channels,
+        statistics=LatentStatistics((0.0,) * case.channels, (1.0,) * case.channels),
+        codec_hash="",
+        window=HUWindow(),
+        stride_dhw=(4, 4, 4),
+        latent_dhw=case.shape,
+        crop_dhw=None,
+        context_dhw=None,
+        spacing_mm=((1.0, 1.0, 1.0), (0.0, 0.0, 0.0)),
+    )
+    return LatentDiffusion(config)
+
+
+def monai_unet(channels: int, token_channels: int = 0) -> nn.Module | None:
+    """MONAI's U-Net of equal parameters, or ``None`` where it is not installed.
+
+    Args:
+        channels: of the latent.
+        token_channels: of what it attends to; 0 for the one that is told nothing.
+    """
     if why_no_monai():
         return None
+    told = {"with_conditioning": True, "cross_attention_dim": token_channels} if token_channels else {}
     model: nn.Module = importlib.import_module("monai.networks.nets").DiffusionModelUNet(
         spatial_dims=3,
         in_channels=channels,
         out_channels=channels,
-        channels=(32, 64, 192),
+        channels=(32, 64, 240 if token_channels else 192),
         attention_levels=(False, False, True),
         num_res_blocks=1,
-        num_head_channels=48,
+        num_head_channels=60 if token_channels else 48,
         norm_num_groups=16,
+        **told,
     )
     return model
 
 
-def training_step(model: nn.Module, predict: Predictor, x: Tensor) -> Callable[[], object]:
+def training_step(contender: Contender) -> Callable[[], object]:
     """Forward, backward and optimizer in bf16."""
-    optimizer, t = fused_adam(model), torch.full((len(x),), 0.5, device=x.device)
+    x, predict = contender.x, contender.training
+    optimizer, t = fused_adam(contender.model), torch.full((len(x),), 0.5, device=x.device)
     target = torch.randn_like(x)
 
     def step() -> None:
@@ -90,8 +145,9 @@ def training_step(model: nn.Module, predict: Predictor, x: Tensor) -> Callable[[
     return step
 
 
-def sampling_step(predict: Predictor, x: Tensor) -> Callable[[], object]:
+def sampling_step(contender: Contender) -> Callable[[], object]:
     """One call of the network in bf16, without gradients."""
+    x, predict = contender.x, contender.sampling
     t = torch.full((len(x),), 0.5, device=x.device)
 
     def step() -> None:
@@ -101,47 +157,79 @@ def sampling_step(predict: Predictor, x: Tensor) -> Callable[[], object]:
     return step
 
 
-def gflop_of(predict: Predictor, x: Tensor) -> float:
-    """Counted GFLOP of one call; a multiplication and an addition count as 2."""
+def gflop_of(contender: Contender) -> float:
+    """Counted GFLOP of a sampling step; a multiplication and an addition count as 2."""
+    x = contender.x
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        predict(x, torch.full((len(x),), 0.5, device=x.device))
+        contender.sampling(x, torch.full((len(x),), 0.5, device=x.device))
     return counter.get_total_flops() / 1e9
 
 
-def _call_peer(peer: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    output: Tensor = peer(x, 1000 * t)  # it counts steps of 1000
+def _call_peer(peer: nn.Module, tokens: Tensor | None, x: Tensor, t: Tensor) -> Tensor:
+    output: Tensor = peer(x, 1000 * t, tokens)  # it counts steps of 1000
     return output  # (B, C, d, h, w)
 
 
-def case_rows(case: Case, device: str, rounds: int, warmup: int) -> list[Row]:
-    """All rows of one latent size."""
-    torch.manual_seed(0)
-    x = torch.randn(1, case.channels, *case.shape, device=device).contiguous(memory_format=torch.channels_last_3d)
-    ours = our_unet(case).to(device)
-    contenders: dict[str, tuple[nn.Module, Predictor, Tensor]] = {"ours": (ours, ours, x)}
+def _noisy(case: Case, device: str) -> Tensor:
+    x = torch.randn(1, case.channels, *case.shape, device=device)
+    return x.contiguous(memory_format=torch.channels_last_3d)  # (1, C, d, h, w)
+
+
+def peers(case: Case, x: Tensor, tokens: Tensor | None) -> dict[str, Contender]:
+    """MONAI's U-Net in both memory layouts; none where it is not installed."""
+    found: dict[str, Contender] = {}
     for layout, memory_format in LAYOUTS.items():
-        if (peer := monai_unet(case.channels)) is not None:
-            peer = peer.to(device).to(memory_format=memory_format)  # type: ignore[call-overload]
-            contenders[f"MONAI {layout}"] = (peer, partial(_call_peer, peer), x.contiguous(memory_format=memory_format))
+        if (peer := monai_unet(case.channels, 0 if tokens is None else tokens.shape[-1])) is not None:
+            peer = peer.to(x.device).to(memory_format=memory_format)  # type: ignore[call-overload]
+            call = partial(_call_peer, peer, tokens)
+            found[f"MONAI {layout}"] = Contender(peer, call, call, x.contiguous(memory_format=memory_format))
+    return found
+
+
+def unconditional(case: Case, device: str) -> dict[str, Contender]:
+    """U-Nets that are told nothing."""
+    x, ours = _noisy(case, device), our_unet(case).to(device)
+    return {"ours": Contender(ours, ours, ours, x), **peers(case, x, None)}
+
+
+def conditional(case: Case, device: str) -> dict[str, Contender]:
+    """The shipped model with a radiograph, and MONAI's U-Net with as many tokens."""
+    x, ours = _noisy(case, device), our_conditional(case).to(device)
+    told, size = ours.config.conditioner, ours.config.conditioner.xray_size
+    batch = ConditionBatch(
+        torch.rand(1, 1, 1, size, size, device=device),
+        torch.ones(1, 1, dtype=torch.bool, device=device),
+        2 * torch.rand(1, 1, *case.shape, 2, device=device) - 1,
+        torch.zeros(1, dtype=torch.int64, device=device),
+        ("",),
+    )
+    with torch.no_grad():
+        conditions = ours.encode_conditions(batch)
+    contender = Contender(
+        ours, lambda x, t: ours(x, t, ours.encode_conditions(batch)), lambda x, t: ours(x, t, conditions), x
+    )
+    tokens = torch.randn(1, TOKEN_GRID**2, told.token_channels, device=device)  # (1, N, C)
+    return {"ours": contender, **peers(case, x, tokens)}
+
+
+def case_rows(name: str, contenders: dict[str, Contender], rounds: int, warmup: int) -> list[Row]:
+    """All rows of one latent size, ours over the faster peer."""
     rows = []
-    for kind in ("sampling step", "training step"):
-        steps = {
-            name: training_step(*contender) if kind == "training step" else sampling_step(*contender[1:])
-            for name, contender in contenders.items()
-        }
+    for kind, step_of in (("sampling step", sampling_step), ("training step", training_step)):
+        steps = {who: step_of(contender) for who, contender in contenders.items()}
         seconds = medians(time_interleaved(steps, rounds, warmup))
         value = seconds.pop("ours")
-        what = f"{kind}, {case.name}"
+        what = f"{kind}, {name}"
         if seconds:
-            peer_layout = min(seconds, key=lambda name: seconds[name])
+            peer_layout = min(seconds, key=lambda who: seconds[who])
             rows.append(Row.compared(f"{what}, over {peer_layout}", value, "s", seconds[peer_layout]))
         else:
             rows.append(Row(what, value, "s"))
-    parameters = {name: sum(p.numel() for p in model.parameters()) / 1e6 for name, (model, _, _) in contenders.items()}
-    gflop = {name: gflop_of(predict, example) for name, (_, predict, example) in contenders.items()}
+    parameters = {who: sum(p.numel() for p in each.model.parameters()) / 1e6 for who, each in contenders.items()}
+    gflop = {who: gflop_of(contender) for who, contender in contenders.items()}
     peer_name = f"MONAI {next(iter(LAYOUTS))}"
-    rows.append(Row(f"parameters, {case.name}", parameters["ours"], "M", parameters.get(peer_name)))
-    rows.append(Row(f"operations of a call, {case.name}", gflop["ours"], "GFLOP", gflop.get(peer_name)))
+    rows.append(Row(f"parameters, {name}", parameters["ours"], "M", parameters.get(peer_name)))
+    rows.append(Row(f"operations of a call, {name}", gflop["ours"], "GFLOP", gflop.get(peer_name)))
     return rows
 
 
@@ -154,8 +242,12 @@ def main() -> None:
     if (missing := why_no_monai()) is not None:
         print(f"MONAI left out: {missing}")
     rows = []
-    for case in QUICK_CASES if arguments.quick else CASES:
-        rows += case_rows(case, arguments.device, rounds, warmup)
+    cases = QUICK_CASES if arguments.quick else CASES
+    torch.manual_seed(0)
+    for case in cases:
+        rows += case_rows(case.name, unconditional(case, arguments.device), rounds, warmup)
+    told = conditional(cases[0], arguments.device)
+    rows += case_rows(f"{cases[0].name}, told of an X-ray", told, rounds, warmup)
     print_table(rows)
     if arguments.json:
         write_report(arguments.json, rows, packages=("monai",))

@@ -1,6 +1,7 @@
 """Speed of DICOM -> HU volume -> training store, every check included, beside SimpleITK's reader, in one run.
 
-SimpleITK checks nothing and has no store: it is its reader alone that stands beside ours.
+SimpleITK checks nothing and has no store: it is its reader alone that stands beside ours. One process each; the rows
+"two workers" give several series to two processes, ours to the store, and SimpleITK's reader in one and in two.
 
 python benchmarks/dicom.py [--quick] [--json FILE] [--input FOLDER ...]
 """
@@ -10,6 +11,9 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +28,7 @@ from preprocess.dicom_index import index_tree
 from preprocess.dicom_series import read_series
 
 SIZE_DHW, QUICK_DHW = (200, 512, 512), (24, 128, 128)
+WORKERS, SERIES = 2, 4
 
 
 def ours(folder: Path) -> Volume:
@@ -37,6 +42,39 @@ def simpleitk(folder: Path) -> np.ndarray:
     reader = SimpleITK.ImageSeriesReader()
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
     return SimpleITK.GetArrayFromImage(reader.Execute())
+
+
+def stored(scratch: Path, folder: Path) -> int:
+    """A folder's series to a store, in one worker; its slices."""
+    volume = ours(folder)
+    write_store(scratch / f"{os.getpid()}.b2nd", volume, {})
+    return len(volume.hu)
+
+
+def read_alone(folder: Path) -> int:
+    """A folder's series by SimpleITK, in one worker; its slices."""
+    return len(simpleitk(folder))
+
+
+def rows_of_workers(name: str, folder: Path, rounds: int) -> list[Row]:
+    """Slices per second of `SERIES` readings of a folder by `WORKERS` processes, each with one thread."""
+    series = [folder] * SERIES
+    with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool:
+        store = partial(stored, Path(scratch))
+        times = time_interleaved(
+            {
+                "ours": lambda: list(pool.map(store, series)),
+                "SimpleITK": lambda: [read_alone(each) for each in series],
+                "SimpleITK, two": lambda: list(pool.map(read_alone, series)),
+            },
+            rounds,
+        )
+        slices = sum(map(read_alone, series))
+    rate = {what: slices / seconds for what, seconds in medians(times).items()}
+    return [
+        Row.compared(f"{name}: to stores, two workers", rate["ours"], "slices/s", rate["SimpleITK"], "higher"),
+        Row.compared(f"{name}: the same, two readers", rate["ours"], "slices/s", rate["SimpleITK, two"], "higher"),
+    ]
 
 
 def phantom_series(folder: Path, size_dhw: tuple[int, int, int]) -> Path:
@@ -95,9 +133,10 @@ def main() -> None:
     size, rounds = (QUICK_DHW, 1) if arguments.quick else (SIZE_DHW, 5)
     with tempfile.TemporaryDirectory() as scratch:
         folder = phantom_series(Path(scratch), size)
-        rows = rows_of(f"uncompressed {size[0]}×{size[1]}×{size[2]}", folder, rounds)
+        name = f"uncompressed {size[0]}×{size[1]}×{size[2]}"
+        rows = rows_of(name, folder, rounds) + rows_of_workers(name, folder, rounds)
     for folder in arguments.input:
-        rows += rows_of(folder.name, folder, rounds)
+        rows += rows_of(folder.name, folder, rounds) + rows_of_workers(folder.name, folder, rounds)
     print_table(rows)
     if arguments.json:
         write_report(arguments.json, rows, packages=("SimpleITK", "pydicom", "pylibjpeg-libjpeg"))

@@ -107,7 +107,6 @@ class VolumeDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.collate = collate  # of samples into a batch; latents have one of their own
-        self.manifest = manifest(sources)
         self.size_dhw, self.patch_dhw = size_dhw, patch_dhw
         self.patches_per_volume = patches_per_volume
         self.cache = cache
@@ -131,6 +130,11 @@ class VolumeDataModule(pl.LightningDataModule):
         self.bad: dict[str, str] = {}
         self.datasets: dict[str, VolumeDataset | TileDataset] = {}
         self.sampler: ResumableSampler | None = None
+
+    @property
+    def manifest(self) -> str:
+        """Hash of the cohort: who is trained on, who is held out, and what their volumes hold."""
+        return manifest(self.sources)
 
     def build(self, rank: int, world_size: int) -> ResumableSampler:
         """Prepare all volumes and the training order; the cache makes it cheap for the second process.

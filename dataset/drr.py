@@ -1,12 +1,11 @@
-"""Radiographs on demand: a case's own where it has them, else rendered from its CT, once, into a cache."""
+"""Radiographs on demand: rendered from a CT, once, into a cache."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,13 +14,9 @@ from dataset.drr_render import Stand, fit_geometry, render
 from dataset.prepared import PreparedVolume, make_cache, short_hash
 from dataset.projection import View
 from dataset.store import open_store
-from dataset.xray import view_of
 from dataset.xray_drr import read_info, write_drr
 from errors import InputError
 from params import MU_WATER_PER_MM
-
-if TYPE_CHECKING:
-    from dataset.sources import VolumeSource
 
 # Part of every cache key: raise it when the same volume and stand give another picture.
 RENDERER_VERSION = 1
@@ -103,31 +98,3 @@ def rendered_xray(volume: PreparedVolume, view: View, cache: Path, columns: int 
             raise
         raise InputError(f"{volume.path}: {error}") from error
     return picture
-
-
-def xrays_for(
-    source: VolumeSource, volume: PreparedVolume, views: Sequence[View], cache: Path, columns: int = 256
-) -> list[Path | None]:
-    """One radiograph for each view: the patient's own, or where there is none at all, rendered from the CT.
-
-    A real radiograph and a rendered one are not mixed for a patient: a case with a frontal radiograph alone has no
-    lateral one. Files that do not tell their view (PNG, JPEG) count as frontal, which chest radiographs mostly are.
-
-    Args:
-        source: a `dataset.pairs_case.CTCase`, whose ``xrays`` are taken, or any other source.
-        volume: the same case, prepared.
-        views: which are needed; the answer has their order.
-        cache: folder of rendered pictures.
-        columns: pixels across a rendered one.
-
-    Raises:
-        InputError: a radiograph or the volume is damaged; the message names the file.
-        StorageError: the cache cannot be written.
-    """
-    if getattr(source, "needs_drr", True):
-        return [rendered_xray(volume, view, cache, columns) for view in views]
-    own: dict[str, Path] = {}
-    for path in getattr(source, "xrays", ()):
-        view = view_of(path)
-        own.setdefault("frontal" if view == "unknown" else view, path)
-    return [own.get(view) for view in views]

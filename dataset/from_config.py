@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from dataset.data_module import VolumeDataModule
+from dataset.phantom import is_mirrored
 from dataset.sources import PhantomSource, VolumeSource, default_cache, find_nifti, find_stores
 from errors import ConfigurationError, InputError
 
@@ -53,8 +54,11 @@ def volume_sources(d: DictConfig) -> list[VolumeSource]:
         ConfigurationError: no folder, or no size of phantoms.
         InputError: the folder holds no volumes.
     """
-    if d.spacing_mm is not None and (d.name in (*COHORTS, "store", "nifti") or d.root_dir):
+    own = d.name in (*COHORTS, "store", "nifti") or d.root_dir
+    if own and d.spacing_mm is not None:
         raise ConfigurationError(f"dataset.spacing_mm is of phantoms, dataset={d.name} has grids of its own: leave it")
+    if own and d.mirrored_share:
+        raise ConfigurationError(f"dataset.mirrored_share is of phantoms, dataset={d.name} has its own: leave it 0")
     if d.name in COHORTS:
         from dataset.pairs import cohort_sources  # reads tables, which other data need not load
 
@@ -68,7 +72,8 @@ def volume_sources(d: DictConfig) -> list[VolumeSource]:
         raise ConfigurationError("dataset=phantom needs dataset.size or dataset.phantom_size as [D, H, W]")
     log.info("data: phantom thoraces; your own: dataset=nifti dataset.root_dir=/folder/of/nii.gz")
     spacing = _spacing_mm(d.spacing_mm)
-    return [PhantomSource(seed, grid, spacing) for seed in range(d.first_seed, d.first_seed + d.n_patients)]
+    seeds = range(d.first_seed, d.first_seed + d.n_patients)
+    return [PhantomSource(seed, grid, spacing, is_mirrored(seed, d.mirrored_share)) for seed in seeds]
 
 
 def size_dhw(value: Any) -> tuple[int, int, int] | None:

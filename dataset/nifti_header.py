@@ -25,6 +25,8 @@ _BOMB_BYTES, _BOMB_RATIO = 2**29, 500
 _MAX_AXIS_VOX = 32767
 _DATA_TYPES = {f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)} | {"float32", "float64"}
 _MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI xyzt_units: unknown (taken as mm), m, mm, µm
+# The two affines of a file may differ by so much in voxel sizes and directions; more is another geometry.
+_SAME_SIZE, _SAME_DIRECTION_DEG = 0.01, 1.0
 _NIFTI1, _NIFTI2 = 348, 540  # size of the header, which is also its first number
 _ORDER: dict[str, Literal["little", "big"]] = {"<": "little", ">": "big"}
 
@@ -98,19 +100,33 @@ def parse_header(stream: BinaryIO, max_voxels: int) -> NiftiHeader:
 
 def _affine(header: Nifti1Header) -> np.ndarray:
     try:
-        affine = header.get_sform(coded=True)[0]
-        if affine is None:
-            affine = header.get_qform(coded=True)[0]
+        sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
     except (HeaderDataError, WrapStructError, ValueError) as error:
         raise InputError(f"the qform is damaged ({one_line(error)}): convert it again") from error
+    affine = qform if sform is None else sform
     if affine is None:
         raise InputError("neither sform nor qform is set, so left and right are unknown: convert it again with one")
     affine = checked_affine(affine)
+    if sform is not None and qform is not None:
+        _require_agreement(affine, checked_affine(qform))
     affine[:3] *= _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
     spacing = spacing_mm(affine)
     if min(spacing) < MIN_SPACING_MM or max(spacing) > MAX_SPACING_MM:
         raise InputError(f"voxel spacing {[float(f'{mm:.4g}') for mm in spacing]} mm is no CT's: check the affine")
     return affine
+
+
+def _require_agreement(sform: np.ndarray, qform: np.ndarray) -> None:
+    """Refuse two affines that say different things: readers differ in which one they take."""
+    ours, theirs = np.array(spacing_mm(sform)), np.array(spacing_mm(qform))
+    cosines = np.sum(sform[:3, :3] / ours * (qform[:3, :3] / theirs), axis=0)
+    turned_deg = float(np.degrees(np.arccos(np.clip(cosines, -1, 1))).max())
+    if np.abs(theirs / ours - 1).max() > _SAME_SIZE or turned_deg > _SAME_DIRECTION_DEG:
+        sizes = [[float(f"{mm:.4g}") for mm in each] for each in (ours, theirs)]
+        raise InputError(
+            f"sform and qform disagree (voxels of {sizes[0]} and {sizes[1]}, axes turned by {turned_deg:.0f}°): "
+            "convert it again, or set the code of the wrong one to 0"
+        )
 
 
 def check_claim(header: NiftiHeader, stored_bytes: int, is_gzip: bool) -> None:

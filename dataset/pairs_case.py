@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from dataset.verification import STORE_SUFFIX, VOLUME_SUFFIXES
 from dataset.volume_io import Volume, read_nifti
 from errors import InputError, one_line
 
+log = logging.getLogger(__name__)
+# What `preprocess/dicom_to_nifti.py` writes into its sidecars, so that no other program's JSON is taken for one.
+SIDECAR_FORMAT = 1
 # A sidecar holds a dozen fields; what is larger is something else.
 _MAX_SIDECAR_BYTES = 1 << 20
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")
@@ -103,13 +107,27 @@ def volume_stem(path: Path) -> str:
     return path.name
 
 
-def patient_of(volume: Path) -> str:
-    """The patient that the sidecar of a volume names; its stem where there is none, or somebody else's."""
+def named_patient(volume: Path) -> str | None:
+    """The patient that our sidecar of a volume names; None without one, or with another program's.
+
+    A store that cannot be opened names nobody: its voxels are never read, whichever side it is on.
+
+    Raises:
+        InputError: the sidecar is damaged: on which side of a split the volume belongs cannot be known.
+    """
     try:
-        named = read_sidecar(volume).get("patient")
+        inside = _inside(volume)
     except InputError:
-        named = None
-    return str(named or volume_stem(volume))
+        return None
+    sidecar = inside or _beside(volume)
+    named = sidecar.get("patient")
+    return named if sidecar.get("format") == SIDECAR_FORMAT and isinstance(named, str) and named else None
+
+
+def warn_of_nameless(root: str, named: Sequence[str | None]) -> None:
+    """One line in the log where volumes name no patient, since two of one patient may land on two sides of a split."""
+    if without := sum(patient is None for patient in named):
+        log.warning("%s: %d of %d volumes without a sidecar, each counts as a patient", root, without, len(named))
 
 
 def sidecar_path(volume: Path) -> Path:
@@ -125,11 +143,18 @@ def read_sidecar(volume: Path) -> dict[str, Any]:
     Raises:
         InputError: the sidecar is damaged.
     """
-    if is_store(volume):
-        from dataset.store import open_store
+    return _inside(volume) or _beside(volume)
 
-        if inside := open_store(volume).metadata.get("sidecar"):
-            return dict(inside)
+
+def _inside(volume: Path) -> dict[str, Any]:
+    if not is_store(volume):
+        return {}
+    from dataset.store import open_store
+
+    return dict(open_store(volume).metadata.get("sidecar") or {})
+
+
+def _beside(volume: Path) -> dict[str, Any]:
     path = sidecar_path(volume)
     if not path.is_file():
         return {}
@@ -140,7 +165,8 @@ def read_sidecar(volume: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError("no JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: no usable sidecar ({one_line(error)}): convert the series again") from error
+        reason = f"no usable sidecar ({one_line(error)}): convert the series again, or remove it"
+        raise InputError(f"{path}: {reason}") from error
     return content
 
 

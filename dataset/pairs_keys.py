@@ -36,5 +36,5 @@ def read_key(path: Path | None, root: Path) -> bytes | None:
         return (path or beside).read_bytes().strip()
     except OSError as error:
         raise ConfigurationError(
-            f"{path or beside}: the key cannot be read ({error.strerror}): set dataset.key"
+            f"{path or beside}: the key cannot be read ({error.strerror}): set dataset.key or --key"
         ) from error

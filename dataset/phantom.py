@@ -23,7 +23,7 @@ from dataset.phantom_torso import Torso
 from errors import ConfigurationError
 from params import BASELINE_SIZE_DHW
 
-__all__ = ["GROUPS", "LABELS", "Patient", "Phantom", "make_phantom", "sample_patient"]
+__all__ = ["GROUPS", "LABELS", "Patient", "Phantom", "is_mirrored", "make_phantom", "sample_patient"]
 
 HU_FLOOR, HU_CEILING = -1024, 3071
 # Blocks of slices are rendered one by one (and two at a time): memory stays bounded and caches warm.
@@ -32,6 +32,7 @@ BLOCK_VOXELS = 600_000
 SUPERSAMPLE_ABOVE_MM = 5.0
 SUPERSAMPLE_VOXELS = 500_000
 THREADS = 2
+_SITUS_STREAM = 0x51705  # apart from the streams of anatomy and noise
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def make_phantom(
     spacing_mm: tuple[float, float, float] | None = None,
     *,
     pe_prevalence: float = 0.5,
+    mirrored: bool = False,
 ) -> Phantom:
     """Make one thorax.
 
@@ -106,6 +108,7 @@ def make_phantom(
         size_dhw: voxels along (D, H, W).
         spacing_mm: voxel size along (D, H, W); None fits the whole thorax: 360–430 mm in plane, 280–340 mm in depth.
         pe_prevalence: probability that the patient has emboli.
+        mirrored: situs inversus totalis: the same patient with right and left exchanged, on the same grid.
 
     Raises:
         ConfigurationError: a bad seed, size, spacing or prevalence.
@@ -147,7 +150,23 @@ def make_phantom(
         with ThreadPoolExecutor(THREADS) as pool:
             for _ in pool.map(lambda block: render(*block), blocks):
                 pass
+    if mirrored:  # the grid is symmetric about the midline
+        hu, labels = np.ascontiguousarray(hu[..., ::-1]), np.ascontiguousarray(labels[..., ::-1])
     return Phantom(hu, affine_of(size, spacing), labels, patient)
+
+
+def is_mirrored(seed: int, share: float) -> bool:
+    """Whether this patient is one of a share of mirrored ones, by lot.
+
+    Anatomy tells right from left in nearly everybody, so a model can ignore the side that a radiograph shows. Patients
+    with situs inversus in the cohort make it look.
+
+    Raises:
+        ConfigurationError: no share in [0, 1].
+    """
+    if not 0.0 <= share <= 1.0:
+        raise ConfigurationError(f"mirrored_share={share}: give a share from 0 to 1")
+    return float(np.random.default_rng((_SITUS_STREAM, seed)).random()) < share
 
 
 def affine_of(size_dhw: tuple[int, int, int], spacing_mm: tuple[float, float, float]) -> np.ndarray:

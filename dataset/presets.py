@@ -26,6 +26,7 @@ from dataset.pairs_case import CTCase, case_name, read_sidecar, volume_stem, wit
 from dataset.pairs_keys import pseudonym
 from dataset.pairs_table import table_rows
 from dataset.verification import find_volumes
+from dataset.xray_dicom import FRONTAL
 from errors import ConfigurationError, InputError
 
 log = logging.getLogger(__name__)
@@ -191,8 +192,8 @@ def _radiographs(root: Path) -> Iterator[Path]:
             if modality is None:
                 continue
             modalities[path.parent] = modality
-            # a lateral view shows another projection than the frontal one that the models are conditioned on
-            if modality in _RADIOGRAPHY and view in (None, "PA", "AP"):
+            # lateral and oblique views show another projection than the frontal one that models are conditioned on
+            if modality in _RADIOGRAPHY and (view is None or view in FRONTAL):
                 yield path
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
+from errors import ConfigurationError
+
 
 class ResumableSampler(Sampler[tuple[int, int]]):
     """Yields (epoch, index) in a random order that ranks share and a killed run finds again.
@@ -33,6 +35,22 @@ class ResumableSampler(Sampler[tuple[int, int]]):
         self.epoch = 0
         self._resume_epoch = 0
         self._resume_batch = 0
+
+    def keep_whole_windows(self, accumulate: int) -> None:
+        """Round the batches of an epoch down to a multiple of ``accumulate``, the batches of an optimizer step.
+
+        The end of an epoch, where most checkpoints are written, is then the boundary of an optimizer step, and no
+        gradient of a part of one is lost there. Call it before `resume_at`.
+
+        Raises:
+            ConfigurationError: an epoch has not even that many.
+        """
+        if self.batches < accumulate:
+            raise ConfigurationError(
+                f"training.accumulate_grad_batches={accumulate}: an epoch has only {self.batches} batches: "
+                "lower it or training.batch_size, or add volumes"
+            )
+        self.batches -= self.batches % accumulate
 
     def resume_at(self, steps: int) -> None:
         """Continue after ``steps`` batches: mid-epoch, the first iteration leaves out what was seen."""

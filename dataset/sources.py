@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,18 +22,19 @@ from tqdm import tqdm
 
 from dataset.body import body_metadata
 from dataset.geometry import resample_to_size
-from dataset.pairs_case import patient_of, volume_stem
-from dataset.phantom import make_phantom
+from dataset.pairs_case import named_patient, volume_stem, warn_of_nameless
+from dataset.phantom import Phantom, make_phantom
 from dataset.prepared import PreparedVolume, body_of, make_cache, own_body, short_hash
 from dataset.store import SUFFIX, StoredVolume, open_store, verify_store, write_store
 from dataset.verification import find_volumes, verify_files
-from dataset.volume_io import Volume, read_nifti, to_int16_hu
+from dataset.volume_io import AIR_HU, Volume, holds_air, read_nifti, to_int16_hu
 from errors import ConfigurationError, InputError
 
 log = logging.getLogger(__name__)
 Size = tuple[int, int, int]
 # Part of every cache key: raise it when prepared volumes change for the same input.
 PREPARATION_VERSION = 3
+_GZIP_TRAILER_BYTES = 8  # checksum and length of the content
 VERIFIED = "verified.json"  # which cached volumes were read to their last voxel, by size and time
 
 
@@ -68,11 +69,13 @@ class PhantomSource:
         seed: of the patient.
         size_dhw: voxels.
         spacing_mm: of the voxels (d, h, w); None: fitted to the patient, so that every thorax fills its volume.
+        mirrored: right and left exchanged.
     """
 
     seed: int
     size_dhw: Size
     spacing_mm: tuple[float, float, float] | None = None
+    mirrored: bool = False
 
     @property
     def name(self) -> str:
@@ -84,11 +87,15 @@ class PhantomSource:
     @property
     def identity(self) -> str:
         """Seed and grid say it all."""
-        return f"{self.name} {self.size_dhw} {self.spacing_mm}"
+        return f"{self.name} {self.size_dhw} {self.spacing_mm}{' mirrored' if self.mirrored else ''}"
+
+    def phantom(self) -> Phantom:
+        """Make it, with its ground truth."""
+        return make_phantom(self.seed, self.size_dhw, self.spacing_mm, mirrored=self.mirrored)
 
     def load(self) -> Volume:
-        """Make the phantom."""
-        phantom = make_phantom(self.seed, self.size_dhw, self.spacing_mm)
+        """Make its volume."""
+        phantom = self.phantom()
         return Volume(phantom.hu, phantom.affine, source=self.name)
 
 
@@ -104,9 +111,14 @@ class FileSource:
         return volume_stem(self.path)
 
     @cached_property
+    def named_patient(self) -> str | None:
+        """The patient whom the sidecar names, None without one."""
+        return named_patient(self.path)
+
+    @property
     def patient(self) -> str:
         """Two studies of one patient must not land on two sides."""
-        return patient_of(self.path)
+        return self.named_patient or self.name
 
 
 class NiftiSource(FileSource):
@@ -147,10 +159,12 @@ def find_nifti(root_dir: str | None) -> list[NiftiSource]:
 
     Raises:
         ConfigurationError: no folder was named, or it does not exist.
-        InputError: it holds no NIfTI, or two files of one name.
+        InputError: it holds no NIfTI, two files of one name, or a damaged sidecar.
     """
     hint = "point dataset.root_dir at a folder of .nii.gz files, or use dataset=phantom"
-    return [NiftiSource(path) for path in _find(root_dir, "nifti", (".nii", ".nii.gz"), hint)]
+    sources = [NiftiSource(path) for path in _find(root_dir, "nifti", (".nii", ".nii.gz"), hint)]
+    warn_of_nameless(str(root_dir), [source.named_patient for source in sources])
+    return sources
 
 
 def find_stores(root_dir: str | None) -> list[StoreSource]:
@@ -158,10 +172,12 @@ def find_stores(root_dir: str | None) -> list[StoreSource]:
 
     Raises:
         ConfigurationError: no folder was named, or it does not exist.
-        InputError: it holds no store, or two of one name.
+        InputError: it holds no store, two of one name, or a damaged sidecar.
     """
     hint = "make stores with preprocess/build_store.py and point dataset.root_dir at their folder"
-    return [StoreSource(path) for path in _find(root_dir, "store", (SUFFIX,), hint)]
+    sources = [StoreSource(path) for path in _find(root_dir, "store", (SUFFIX,), hint)]
+    warn_of_nameless(str(root_dir), [source.named_patient for source in sources])
+    return sources
 
 
 def _find(root_dir: str | None, kind: str, suffixes: tuple[str, ...], hint: str) -> list[Path]:
@@ -218,6 +234,8 @@ def _open_cached(path: Path) -> StoredVolume | None:
 
 def _make(source: VolumeSource, size_dhw: Size | None, path: Path) -> StoredVolume:
     volume = source.load()
+    if not holds_air(volume.hu):  # no more than a warning: it may be a crop of tissue
+        log.warning("%s: no voxel is below %d HU: is it in HU?", volume.source or source.name, AIR_HU)
     hu, affine = volume.hu, volume.affine
     if size_dhw is not None and hu.shape != tuple(size_dhw):
         resampled, affine = resample_to_size(hu, affine, size_dhw)
@@ -260,17 +278,39 @@ def _damaged(sources: Sequence[VolumeSource], size_dhw: Size | None, cache: Path
                 own.append(store)
             elif (path := _cached_path(source, size_dhw, cache)).exists():
                 cached.append(path)
-    bad = {Path(file.path): file.reason for file in verify_files([*own, *cached], cache / VERIFIED)}
+    bad = {}
+    for file in verify_files([*own, *cached], cache / VERIFIED):
+        if file.without_air:
+            log.warning("%s", file.reason)
+        else:
+            bad[Path(file.path)] = file.reason
     for path in bad.keys() & set(cached):
         log.warning("%s; cached volume, made again from its source", bad[path])
         path.unlink(missing_ok=True)
     return {path: bad[path] for path in bad.keys() & set(own)}
 
 
-def manifest(sources: Sequence[VolumeSource]) -> str:
-    """A short hash of the names in a cohort, and of their splits where given; a resumed run must see the same."""
-    lines = []
-    for source in sources:
-        split = getattr(source, "split", None)
-        lines.append(source.name if split is None else f"{source.name} {split}")
+def manifest(splits: Mapping[str, Sequence[VolumeSource]]) -> str:
+    """A short hash of who is in which split and what each volume holds; a resumed run must see the same.
+
+    It survives a cohort that was moved. Of uncompressed NIfTI it knows the size alone.
+    """
+    lines = [f"{source.name} {split} {_content(source)}" for split, sources in splits.items() for source in sources]
     return short_hash("\n".join(sorted(lines)))
+
+
+def _content(source: VolumeSource) -> str:
+    """What tells a volume from another of its name, without reading it and whatever its folder and times."""
+    store: Path | None = getattr(source, "store", None)
+    path: Path | None = getattr(source, "ct", getattr(source, "path", None))
+    try:
+        if store is not None:
+            return open_store(store).checksum
+        if path is None:
+            return source.identity  # made, not read: its recipe
+        with path.open("rb") as handle:
+            size = handle.seek(0, os.SEEK_END)
+            handle.seek(max(0, size - _GZIP_TRAILER_BYTES))
+            return f"{size} {handle.read().hex() if path.suffix == '.gz' else ''}"
+    except (InputError, OSError):  # told when it is prepared
+        return "unreadable"

@@ -1,12 +1,18 @@
-"""Which patient is in which split: by hash, so that adding patients moves nobody."""
+"""Which patient is in which split: by hash, so that adding patients moves nobody.
+
+One exception, which is logged: where the hash holds nobody out, a small cohort lends the patient of the lowest hash to
+validation, and may have it back in training when others have come.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 from errors import ConfigurationError
 
+log = logging.getLogger(__name__)
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 # What a split column may say, in any case.
 SPLIT_NAMES = {
@@ -32,7 +38,7 @@ def fold_of(patient: str, n_folds: int) -> int:
 def split_patients(
     patients: Iterable[str], validation_fraction: float, validation: Sequence[str] = ()
 ) -> tuple[set[str], set[str]]:
-    """Split patients into training and validation.
+    """Split patients into training and validation; where the hash holds nobody out, the lowest one is lent.
 
     Args:
         patients: patient names; duplicates (several volumes of one patient) are one patient.
@@ -53,7 +59,13 @@ def split_patients(
     else:
         held_out = {patient for patient in everyone if hash_fraction(patient) < validation_fraction}
         if not held_out and validation_fraction > 0 and len(everyone) > 1:
-            held_out = {min(everyone, key=hash_fraction)}  # the one that the smallest fraction would take first
+            lent = min(everyone, key=hash_fraction)  # the one that the smallest fraction would take first
+            log.warning(
+                "the hash holds out none of %d patients: %s is lent to validation, more patients may send it back",
+                len(everyone),
+                lent,
+            )
+            held_out = {lent}
     training = everyone - held_out
     if not training or not held_out:
         empty = "validation" if training else "training"
@@ -77,7 +89,8 @@ def assign_splits(
 
     The test set is settled first: the column's, else the patients with the highest hashes. Of the others, validation
     is the fold where folds are asked for, else the column's, else the named ones, else those with the lowest hashes.
-    So the test set is the same for every fold, and a patient's place depends on the patient alone.
+    So the test set is the same for every fold, and a patient's place depends on the patient alone, but for one that is
+    lent to a validation set that would be empty (`split_patients`).
 
     Args:
         given: every patient, with the split that a table gives; None for all where it has no such column.

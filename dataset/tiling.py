@@ -80,6 +80,32 @@ class Tiling:
         )
         return d, h, w
 
+    def own(self, start_dhw: Triple) -> tuple[slice, slice, slice]:
+        """What the tile at ``start_dhw`` answers for, in voxels from its start: overlaps are halved at whole strides.
+
+        The own parts of all tiles fill the volume, padded to the stride, once.
+        """
+        d, h, w = (
+            _own(line, tile, start, round_up(length, stride), stride)
+            for line, tile, start, length, stride in zip(
+                self.starts, self.tile_dhw, start_dhw, self.shape_dhw, self.stride_dhw, strict=True
+            )
+        )
+        return d, h, w
+
+    def own(self, start_dhw: Triple) -> tuple[slice, slice, slice]:
+        """What the tile at ``start_dhw`` answers for, in voxels from its start: overlaps are halved, on the stride's grid.
+
+        The own parts of all tiles fill the volume, padded to the stride, once.
+        """
+        d, h, w = (
+            _own(line, tile, start, round_up(length, stride), stride)
+            for line, tile, start, length, stride in zip(
+                self.starts, self.tile_dhw, start_dhw, self.shape_dhw, self.stride_dhw, strict=True
+            )
+        )
+        return d, h, w
+
     @property
     def counts(self) -> Triple:
         """Tiles along D, H and W."""
@@ -183,9 +209,21 @@ class HaloTiling:
         for row in self.rows():
             yield from row
 
-    def rows(self) -> Iterator[list[HaloTile]]:
-        """The tiles of one depth at a time; each row completes its kept slices."""
-        for depth in self.axes[0]:
+    def rows(self, start: int = 0) -> Iterator[list[HaloTile]]:
+        """The tiles of one depth at a time; each row completes its kept slices.
+
+        Args:
+            start: slices before it, a multiple of the stride, are done (by other tiles, as it may be): the first row
+                keeps what follows, and begins a halo before it. Its windows may be less deep than the tile.
+        """
+        halo = round_up(self.halo_dhw[0], self.stride_dhw[0])
+        above = max(0, start - halo)
+        length = self.padded_dhw[0] - above
+        for window, keep in _halo_axis(length, min(self.tile_dhw[0], length), halo):
+            depth = (
+                slice(above + window.start, above + window.stop),
+                slice(max(start, above + keep.start), above + keep.stop),
+            )
             yield [
                 HaloTile(*zip(depth, height, width, strict=True)) for height, width in itertools.product(*self.axes[1:])
             ]
@@ -210,6 +248,22 @@ def _axis_starts(length: int, tile: int, step: int) -> tuple[int, ...]:
     """Every ``step`` voxels, the last one moved back to end at ``length``."""
     count = 1 + math.ceil((length - tile) / step)
     return (*range(0, (count - 1) * step, step), length - tile)
+
+
+def _own(starts: Sequence[int], tile: int, start: int, limit: int, stride: int) -> slice:
+    """What the tile at ``start`` answers for along an axis, from middle to middle of its overlaps, from its start."""
+    place = starts.index(start)
+    middles = [(a + tile + b) // 2 // stride * stride for a, b in itertools.pairwise(starts)]
+    first, last = ([0, *middles][place], [*middles, limit][place])
+    return slice(first - start, last - start)
+
+
+def _own(starts: Sequence[int], tile: int, start: int, limit: int, stride: int) -> slice:
+    """What the tile at ``start`` has for itself of an axis, up to the middle of each overlap, counted from its start."""
+    place = starts.index(start)
+    middles = [(a + tile + b) // 2 // stride * stride for a, b in itertools.pairwise(starts)]
+    first, last = ([0, *middles][place], [*middles, limit][place])
+    return slice(first - start, last - start)
 
 
 def _halo_axis(length: int, tile: int, halo: int) -> list[tuple[slice, slice]]:

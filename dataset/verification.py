@@ -1,7 +1,8 @@
 """Every volume file read to its last byte once, and remembered: a run over thousands of good files takes seconds.
 
 A NIfTI file is good if its header, geometry, gzip checksum and every voxel are (`dataset.volume_io.read_nifti`); a
-store if its checksums hold (`dataset.store.verify_store`).
+store if its checksums hold (`dataset.store.verify_store`). Either must hold air, else it is hardly in HU; crops of
+tissue hold none, so that this finding is told apart.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dataset.atomic import atomic_write
-from dataset.volume_io import read_nifti
+from dataset.volume_io import AIR_HU, holds_air, read_nifti
 from errors import ConfigurationError, InputError, StorageError, one_line
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,8 @@ NIFTI_SUFFIXES = (".nii", ".nii.gz")
 STORE_SUFFIX = ".b2nd"
 VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, STORE_SUFFIX)
 # Part of the cache: raise it when a check is added, and everything is checked again.
-VERIFICATION_VERSION = 1
+VERIFICATION_VERSION = 2
+_WITHOUT_AIR = f"no voxel is below {AIR_HU} HU, so it is not in HU or a crop of tissue: look at it, convert it again"
 _SAVE_EVERY_S = 60.0
 Stamp = list[int]  # size in bytes, time of change and of the inode's change in ns
 
@@ -41,11 +43,13 @@ class BadFile:
         path: the file.
         kind: ``NIfTI`` or ``store``.
         reason: what is wrong and what to do, in one line that begins with the path.
+        without_air: sound, but without a voxel of air; the caller may know it for a crop of tissue.
     """
 
     path: str
     kind: str
     reason: str
+    without_air: bool = False
 
 
 def find_volumes(
@@ -98,41 +102,48 @@ def verify_file(path: Path) -> BadFile | None:
         if kind == "store":
             from dataset.store import verify_store  # loads the compressor, which NIfTI need not wait for
 
-            verify_store(path)
+            lowest = verify_store(path).lowest_hu
+            has_air = lowest is not None and lowest < AIR_HU
         else:
-            read_nifti(path)
+            has_air = holds_air(read_nifti(path).hu)
     except InputError as error:
         return BadFile(str(path), kind, one_line(error))
-    return None
+    return None if has_air else _without_air(path)
+
+
+def _without_air(path: Path) -> BadFile:
+    return BadFile(str(path), kind_of(path), one_line(f"{path}: {_WITHOUT_AIR}"), without_air=True)
 
 
 def verify_files(paths: Sequence[Path], cache: Path | None, *, threads: int = 1) -> list[BadFile]:
-    """Check files, except those that were found good before and have not changed since.
+    """Check files, except those that were found sound before and have not changed since.
 
     Args:
         paths: NIfTI files and stores.
-        cache: JSON file that remembers the good ones by size and time; None remembers nothing. A damaged or
-            unwritable one costs only time, and a warning.
+        cache: JSON file that remembers the sound ones by size and time, and which of them hold no air; None remembers
+            nothing. A damaged or unwritable one costs only time, and a warning.
         threads: files checked at the same time; each takes its volume's int16 size in memory.
 
     Returns:
-        The bad ones, in the order of ``paths``.
+        The bad ones and those without air, in the order of ``paths``.
 
     Raises:
         MemoryExhaustedError: a file is sound but does not fit into memory.
     """
     memory = _Memory(cache)
     stamps = [_stamp(path) for path in paths]
-    unknown = [(path, stamp) for path, stamp in zip(paths, stamps, strict=True) if not memory.knows(path, stamp)]
-    bad: dict[Path, BadFile] = {}
+    known = [memory.knows(path, stamp) for path, stamp in zip(paths, stamps, strict=True)]
+    unknown = [(path, stamp) for path, stamp, air in zip(paths, stamps, known, strict=True) if air is None]
+    bad = {path: _without_air(path) for path, air in zip(paths, known, strict=True) if air is False}
     bar = tqdm(total=len(unknown), desc="verifying", unit="file", disable=not sys.stderr.isatty() or not unknown)
     try:
         with bar:
             for path, stamp, found in _checked(unknown, max(1, threads)):
                 if found is not None:
                     bad[path] = found
-                elif stamp is not None and stamp == _stamp(path):  # not replaced while we read it
-                    memory.remember(path, stamp)
+                is_sound = found is None or found.without_air
+                if is_sound and stamp is not None and stamp == _stamp(path):  # not replaced while we read it
+                    memory.remember(path, stamp, has_air=found is None)
                 bar.update()
     finally:
         memory.save()
@@ -172,11 +183,12 @@ def _stamp(path: Path) -> Stamp | None:
 
 
 class _Memory:
-    """The cache: ``{"version": …, "good": {absolute path: stamp}}``."""
+    """The cache: ``{"version": …, "good": {absolute path: stamp}, "without_air": {absolute path: stamp}}``."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._good: dict[str, Stamp] = {}
+        self._without_air: dict[str, Stamp] = {}
         self._changed = False
         self._next_save = time.monotonic() + _SAVE_EVERY_S
         if path is None or not path.exists():
@@ -184,15 +196,22 @@ class _Memory:
         try:
             content = json.loads(path.read_bytes())
             if content["version"] == VERIFICATION_VERSION:
-                self._good = dict(content["good"])
+                self._good, self._without_air = dict(content["good"]), dict(content["without_air"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             log.warning("%s: damaged cache, every file is checked again (%s)", path, one_line(error))
 
-    def knows(self, path: Path, stamp: Stamp | None) -> bool:
-        return stamp is not None and self._good.get(os.path.abspath(path)) == stamp
+    def knows(self, path: Path, stamp: Stamp | None) -> bool | None:
+        """Whether a sound file holds air; None where it is not known to be sound."""
+        name = os.path.abspath(path)
+        if stamp is not None and stamp in (self._good.get(name), self._without_air.get(name)):
+            return self._good.get(name) == stamp
+        return None
 
-    def remember(self, path: Path, stamp: Stamp) -> None:
-        self._good[os.path.abspath(path)] = stamp
+    def remember(self, path: Path, stamp: Stamp, *, has_air: bool) -> None:
+        name = os.path.abspath(path)
+        known, other = (self._good, self._without_air) if has_air else (self._without_air, self._good)
+        known[name] = stamp
+        other.pop(name, None)
         self._changed = True
         if time.monotonic() > self._next_save:
             self.save()
@@ -200,7 +219,8 @@ class _Memory:
     def save(self) -> None:
         if self._path is None or not self._changed:
             return
-        content = {"version": VERIFICATION_VERSION, "good": dict(sorted(self._good.items()))}
+        content = {"version": VERIFICATION_VERSION, "good": dict(sorted(self._good.items())),
+                   "without_air": dict(sorted(self._without_air.items()))}  # fmt: skip
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(self._path) as handle:

@@ -28,6 +28,8 @@ from errors import InputError, MemoryExhaustedError, ProjectError, one_line
 
 # 1024³ voxels, 2 GiB as int16: six times 512×512×604.
 MAX_VOXELS = 2**30
+# A CT volume holds air: one without a voxel below this was scaled or shifted, or is a crop of tissue.
+AIR_HU = -300
 _INT16 = np.iinfo(np.int16)
 _CHUNK_VOXELS = 1 << 20
 # Writers may pad the end of a file; more than this is data that the header does not account for.
@@ -45,6 +47,7 @@ class Volume:
         source: the file it came from, if any.
         orientation: how to store it; that of the file it came from, or LPS.
         clipped: voxels of the file beyond int16, clipped on reading.
+        rounded: voxels of the file that were no whole HU, rounded on reading.
     """
 
     hu: np.ndarray
@@ -52,6 +55,7 @@ class Volume:
     source: str | None = None
     orientation: Orientation = LPS_STORAGE
     clipped: int = 0
+    rounded: int = 0
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -70,7 +74,7 @@ class VolumeHeader:
 
 @dataclass(frozen=True)
 class WriteReport:
-    """Voxels that changed when a float volume became int16: by rounding, and by clipping to [-32768, 32767]."""
+    """Voxels that changed when a volume became int16: by rounding, and by clipping to [-32768, 32767]."""
 
     rounded: int = 0
     clipped: int = 0
@@ -79,8 +83,9 @@ class WriteReport:
 def read_nifti(path: str | os.PathLike[str], *, max_voxels: int = MAX_VOXELS) -> Volume:
     """Read a single-file NIfTI-1 or -2, gzipped or not, of any of the 48 orientations.
 
-    Slope and intercept are applied exactly once; results are rounded half to even and clipped to int16. The affine is
-    the sform's, else the qform's. A 4D file is taken when its further axes have length 1.
+    Slope and intercept are applied exactly once; results are rounded half to even and clipped to int16. Whether they
+    are HU is not asked here (`holds_air`). The affine is the sform's, else the qform's. A 4D file is taken when its
+    further axes have length 1.
 
     Args:
         path: .nii or .nii.gz; recognised by content, not by name.
@@ -95,9 +100,9 @@ def read_nifti(path: str | os.PathLike[str], *, max_voxels: int = MAX_VOXELS) ->
     with _readable(path) as (stream, stored_bytes, is_gzip):
         header = parse_header(stream, max_voxels)
         check_claim(header, stored_bytes, is_gzip)
-        voxels, clipped = _read_voxels(stream, header)
+        voxels, changed = _read_voxels(stream, header)
     hu, affine = to_standard(voxels, header.affine)
-    return Volume(hu, affine, str(path), Orientation.of(header.affine), clipped)
+    return Volume(hu, affine, str(path), Orientation.of(header.affine), changed.clipped, changed.rounded)
 
 
 def read_header(path: str | os.PathLike[str], *, max_voxels: int = MAX_VOXELS) -> VolumeHeader:
@@ -152,6 +157,11 @@ def write_nifti(path: str | os.PathLike[str], volume: Volume) -> WriteReport:
     return WriteReport(rounded, clipped)
 
 
+def holds_air(hu: np.ndarray) -> bool:
+    """Whether a volume in HU, any shape, has a voxel below `AIR_HU`, as every chest has."""
+    return int(hu.min()) < AIR_HU
+
+
 def to_int16_hu(values_hu: np.ndarray) -> tuple[np.ndarray, int, int]:
     """HU of any real dtype -> (int16 HU, voxels changed by rounding, voxels clipped); round half to even.
 
@@ -202,14 +212,14 @@ def _readable(path: Path) -> Iterator[tuple[BinaryIO, int, bool]]:
         raise type(error)(one_line(f"{path}: {error}")) from error
 
 
-def _read_voxels(stream: BinaryIO, header: NiftiHeader) -> tuple[np.ndarray, int]:
-    """The voxels as int16 (i, j, k), Fortran order as in the file, and how many were clipped."""
+def _read_voxels(stream: BinaryIO, header: NiftiHeader) -> tuple[np.ndarray, WriteReport]:
+    """The voxels as int16 (i, j, k), Fortran order as in the file, and how many were rounded and clipped."""
     _skip(stream, header.offset - header.consumed)
     count = header.shape[0] * header.shape[1] * header.shape[2]
     # np.empty touches no page: memory grows with what the stream really delivers
     voxels = np.empty(count, dtype=np.int16)
     scaled = header.slope != 1 or header.intercept != 0
-    clipped = 0
+    rounded = clipped = 0
     for begin in range(0, count, _CHUNK_VOXELS):
         end = min(begin + _CHUNK_VOXELS, count)
         wanted = (end - begin) * header.dtype.itemsize
@@ -220,13 +230,13 @@ def _read_voxels(stream: BinaryIO, header: NiftiHeader) -> tuple[np.ndarray, int
         if scaled:
             with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused as not finite
                 chunk = chunk.astype(np.float64) * header.slope + header.intercept
-        voxels[begin:end], _, chunk_clipped = to_int16_hu(chunk)
-        clipped += chunk_clipped
+        voxels[begin:end], chunk_rounded, chunk_clipped = to_int16_hu(chunk)
+        rounded, clipped = rounded + chunk_rounded, clipped + chunk_clipped
     # the CRC and length of a gzip member are verified only by reading on to its end
     trailing = len(stream.read(_MAX_TRAILING_BYTES + 1))
     if trailing > _MAX_TRAILING_BYTES:
         raise InputError(f"holds more data than its header claims ({list(header.shape)}): the file is damaged")
-    return voxels.reshape(header.shape, order="F"), clipped
+    return voxels.reshape(header.shape, order="F"), WriteReport(rounded, clipped)
 
 
 def _skip(stream: BinaryIO, count: int) -> None:

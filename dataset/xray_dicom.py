@@ -23,7 +23,9 @@ log = logging.getLogger(__name__)
 _MODALITIES = {"CR", "DX", "RG", "RF", "OT", "SC", ""}
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _RLE = "1.2.840.10008.1.2.5"
-_FRONTAL = {"PA", "AP", "AP SUPINE", "AP ERECT", "PA ERECT"}
+FRONTAL = frozenset({"PA", "AP", "AP SUPINE", "AP ERECT", "PA ERECT"})  # of ViewPosition, as the next two
+# anterior, posterior and lateral obliques: the heart is another shape on them than on either view
+_OBLIQUE = {"LAO", "RAO", "LPO", "RPO", "LLO", "RLO", "OBL", "OBLIQUE"}
 _LATERAL = {"LL", "RL", "LAT", "LATERAL", "LLAT", "RLAT", "L LAT", "R LAT"}
 # Towards where the columns (to the right) and rows (down) of an upright picture run.
 _UPRIGHT = {"frontal": ("L", "F"), "lateral": ("P", "F")}
@@ -35,7 +37,7 @@ def decode_dicom(path: Path) -> Decoded:
     """Read one DICOM radiograph.
 
     Raises:
-        InputError: damaged, no radiograph, several frames, or a transfer syntax that cannot be decoded.
+        InputError: damaged, no radiograph, oblique, several frames, or a transfer syntax that cannot be decoded.
     """
     import pydicom
     from pydicom.filereader import read_file_meta_info
@@ -60,7 +62,7 @@ def dicom_view(path: Path) -> XRayView:
     """The view that a DICOM header names; nothing is decoded.
 
     Raises:
-        InputError: damaged, or its view position and its patient orientation disagree.
+        InputError: damaged, oblique, or its view position and its patient orientation disagree.
     """
     import pydicom
 
@@ -165,10 +167,12 @@ def _named_view(header: Any) -> tuple[XRayView, list[str]]:
     """The view, and towards where columns and rows run; [] where the header does not say and the stored way is meant.
 
     Raises:
-        InputError: view position and patient orientation disagree.
+        InputError: an oblique view, or view position and patient orientation disagree.
     """
     position = str(header.get("ViewPosition", "") or "").strip().upper()
-    named: XRayView = "frontal" if position in _FRONTAL else "lateral" if position in _LATERAL else "unknown"
+    if position in _OBLIQUE:
+        raise InputError(f"an oblique radiograph ({position}): give a frontal or a lateral one")
+    named: XRayView = "frontal" if position in FRONTAL else "lateral" if position in _LATERAL else "unknown"
     orientation = header.get("PatientOrientation") or []
     # composed directions such as "LF" are led by the main one
     letters = [str(direction).strip().upper()[:1] for direction in orientation] if len(orientation) == 2 else []

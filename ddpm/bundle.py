@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dataset.atomic import atomic_write
 from dataset.intensity import HUWindow
 from dataset.xray_standard import LANDMARK_PERCENTILES, STANDARD_LANDMARKS
+from ddpm.device import room_on
 from ddpm.lora_file import base_digest
 from ddpm.network import DDPMConfig, LatentDiffusion
 from errors import ConfigurationError, InputError, ProjectError, one_line
@@ -62,6 +63,16 @@ class Bundle:
         """Where it computes."""
         return next(self.network.parameters()).device
 
+    def move_to(self, device: torch.device | str) -> None:
+        """Compute there from now on.
+
+        Raises:
+            MemoryExhaustedError: the device has no room for it.
+        """
+        with room_on(device):
+            self.network.to(device)
+            self.codec.to(device)
+
     @property
     def shape_dhw(self) -> tuple[int, int, int]:
         """Voxels of a volume that covers the whole field."""
@@ -87,7 +98,7 @@ def write_bundle(
         report: the summary of ``evaluation/xray_to_ct.py``.
 
     Raises:
-        ConfigurationError: a model of crops with context, which cannot draw a volume by itself.
+        ConfigurationError: a model of crops, which draws no whole volume.
         InputError: the codec is another one.
         StorageError: the disk refuses.
     """
@@ -96,10 +107,10 @@ def write_bundle(
             f"codec {codec.content_hash[:12]}: the diffusion model was trained on latents of codec "
             f"{network.config.codec_hash[:12]}: give the checkpoint of that one"
         )
-    if network.config.context_dhw is not None:
+    if network.config.crop_dhw is not None:
         raise ConfigurationError(
-            "a model of crops is told the low-resolution latent of the whole field, which nothing draws at inference: "
-            "export a model of whole fields (dataset.patch_size=null)"
+            "a model of crops draws no whole volume: what surrounds a crop is nothing that it is told, or the true "
+            "latent, which nothing draws at inference: export a model of whole fields (dataset.patch_size=null)"
         )
     config = network.config.as_dict()
     # folders of the machine it was trained on: their use elsewhere names them anew
@@ -145,6 +156,7 @@ def load_bundle(
     Raises:
         InputError: missing, truncated, damaged, no bundle, or made with another preparation of X-rays.
         ConfigurationError: its metadata name code to run, or a frozen encoder is missing.
+        MemoryExhaustedError: the device has no room for it.
     """
     path = Path(path)
     checksum, meta, state = _read(path)
@@ -173,7 +185,9 @@ def load_bundle(
         # what malformed settings make of dataclasses and layers, and tensors that do not fit them
         reason = one_line(f"{type(error).__name__}: {error}")[:200]
         raise InputError(f"{path}: metadata that do not describe its model ({reason}): export it again") from error
-    return Bundle(network.requires_grad_(False).eval().to(device), codec.to(device), meta, checksum)
+    bundle = Bundle(network.requires_grad_(False).eval(), codec, meta, checksum)
+    bundle.move_to(device)
+    return bundle
 
 
 def _read(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:

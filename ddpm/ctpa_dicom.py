@@ -11,6 +11,7 @@ from pydicom import dcmread, dcmwrite
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 
+from dataset.atomic import atomic_write
 from dataset.phantom_dicom import SeriesTags, slice_datasets
 from dataset.volume_io import Volume
 from ddpm.ctpa_volume import NOTICE
@@ -20,7 +21,7 @@ _DERIVATION = "Drawn by a diffusion model from chest radiographs. No patient was
 
 
 def write_synthetic_series(volume: Volume, folder: Path, key: str) -> list[Path]:
-    """Write single-slice CT images, ``IM0001.dcm`` at the inferior end.
+    """Write single-slice CT images, ``IM0001.dcm`` at the inferior end; each is there whole or not at all.
 
     Args:
         volume: int16 HU from -1024 on.
@@ -41,7 +42,9 @@ def write_synthetic_series(volume: Volume, folder: Path, key: str) -> list[Path]
             if not index:
                 _refuse_others(folder, str(header.SeriesInstanceUID))
             paths.append(folder / f"IM{index + 1:04d}.dcm")
-            dcmwrite(paths[-1], _synthetic(header), enforce_file_format=True)
+            # half a slice could not be told from another result's, and nobody could go on
+            with atomic_write(paths[-1]) as handle:
+                dcmwrite(handle, _synthetic(header), enforce_file_format=True)
     except OSError as error:
         raise StorageError(f"{folder}: not written ({error.strerror}): free space or choose another folder") from error
     return paths

@@ -174,10 +174,10 @@ class Diffusion(Settings):
         device = generator.device if generator is not None else torch.device("cpu")
         order = torch.randperm(count, generator=generator, device=device)
         place = torch.rand(count, generator=generator, device=device)
-        t = ((order + place) / count).clamp(TIME_MARGIN, 1 - TIME_MARGIN)
+        t = (order + place) / count
         if self.time_sampling == "logit_normal":
             t = torch.special.ndtri(t).sigmoid()
-        return t  # (count,)
+        return t.clamp(TIME_MARGIN, 1 - TIME_MARGIN)  # (count,)
 
     def losses(self, predict: Predictor, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Weighted mean squared error of each sample.

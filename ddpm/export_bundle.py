@@ -17,11 +17,11 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from errors import InputError, one_line, run_command
+from errors import InputError, ProjectError, one_line, run_command
 
 _MAX_REPORT_BYTES = 1 << 28
 # Of the summary of a report; its table of patients is left out, since names would travel with the model.
-_SUMMARY = ("cases", "scores", "gains", "correlations", "chirality", "mirror", "cone", "diversity", "bars")
+_SUMMARY = ("cases", "scores", "gains", "correlations", "chirality", "mirror", "cone", "retrieval", "diversity", "bars")
 _SAMPLING = ("split", "steps", "sampler", "guidance", "rescale", "seed", "samples")
 
 
@@ -72,7 +72,22 @@ def training_facts(checkpoint: dict[str, Any], run: Path, data: str | None) -> d
         facts["dataset"] = str(OmegaConf.select(config, "dataset.name"))
         if facts["dataset"] == "phantom":
             facts["phantoms"] = int(OmegaConf.select(config, "dataset.n_patients"))
+        facts |= _patients(config)
     return facts | ({"data": data} if data else {})
+
+
+def _patients(config: Any) -> dict[str, int]:
+    """Patients of the training and held out, as the configuration splits its data; {} where those are not there."""
+    from omegaconf.errors import OmegaConfBaseException
+
+    from dataset.from_config import data_module  # imports Lightning, which --help need not wait for
+
+    try:
+        sources = data_module(config).sources
+    except (ProjectError, OmegaConfBaseException, AttributeError, TypeError):  # elsewhere, or an older configuration
+        return {}
+    counts = {split: len({source.patient for source in sources[split]}) for split in ("training", "validation")}
+    return {"patients of the training": counts["training"], "patients held out from it": counts["validation"]}
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ddpm.conditions import ConditionBatch
+from ddpm.guidance import ClassifierGuidance
 from ddpm.network import LatentDiffusion, Sampling, repeat, to_device
 from ddpm.pretrained import load_network
 from ddpm.samplers import sampler_by_name
@@ -57,6 +59,7 @@ class Generator:
         indices: Sequence[int] | None = None,
         samples: int = 1,
         precision: torch.dtype | None = None,
+        guide: ClassifierGuidance | None = None,
     ) -> Tensor:
         """Draw volumes.
 
@@ -74,6 +77,8 @@ class Generator:
             indices: number of each patient in the run; default 0, 1, ….
             samples: volumes for each patient.
             precision: ``torch.bfloat16`` for autocast; None for fp32.
+            guide: pulls all samples of each patient towards the patient's label, (B,); its classifier judges squashed
+                codes, as that of `ddpm.classifier.guide.load_guide` does.
 
         Returns:
             float32 HU (B, samples, D, H, W) on the CPU.
@@ -95,13 +100,19 @@ class Generator:
         indices = list(indices) if indices is not None else list(range(patients))
         if len(indices) != patients:
             raise ConfigurationError(f"{len(indices)} indices for {patients} patients: give one for each")
+        if guide is not None:
+            if guide.label.shape != (patients,):
+                raise ConfigurationError(
+                    f"guide: labels of shape {list(guide.label.shape)} for {patients} patients: give one for each"
+                )
+            guide = replace(guide, label=guide.label.repeat_interleave(samples))
         # a stream for each sample of each patient; 2**20 samples of a patient are more than anybody draws
         streams = [(index << 20) + number for index in indices for number in range(samples)]
         sampling = Sampling(steps, sampler, guidance, rescale)
         device = self.device
         with torch.autocast(device.type, dtype=precision, enabled=precision is not None):
             conditions = to_device(repeat(batch, samples), device)
-            codes = self.network.sample(conditions, grid, sampling, seed, streams)
+            codes = self.network.sample(conditions, grid, sampling, seed, streams, guide)
             volumes = [self.codec.decode(code[None])[0, 0].cpu() for code in codes]  # one by one: memory of one volume
         d, h, w = shape_dhw
         hu = torch.stack(volumes)[:, :d, :h, :w]

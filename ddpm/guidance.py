@@ -15,6 +15,7 @@ from errors import ConfigurationError
 
 Network = Callable[[Tensor, Tensor, Conditions], Tensor]  # x_t, t, conditions -> output
 Classifier = Callable[[Tensor], Tensor]  # x0 (B, C, ...) -> logits (B, K), or (B, 1) or (B,) of class 1
+Range = tuple[Tensor, Tensor]  # least and greatest value, each broadcast to (B, C, ...)
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,9 @@ class ClassifierGuidance:
     """Pull towards what a classifier calls ``label``.
 
     Attributes:
-        classifier: differentiable, on clean latents: logits (B, K), or (B, 1) or (B,) for the log-odds of class 1. One
-            that judges volumes is wrapped together with the decoder.
+        classifier: differentiable, on what is denoised: logits (B, K), or (B, 1) or (B,) for the log-odds of class 1.
+            `ddpm.network.LatentDiffusion.sample` takes one of squashed codes, as ``PEClassifier(input=latent)`` is, and
+            brings latents to those. One that judges volumes is wrapped together with the decoder.
         label: (B,) int64 classes.
         scale: 0 is off, 1 is Bayes' rule.
     """
@@ -67,8 +69,8 @@ class GuidedDenoiser:
         rescale: in [0, 1], how far the spread of each guided sample is brought back to that of the conditioned one (Lin
             et al. 2023, https://arxiv.org/abs/2305.08891, section 3.4).
         classifier: optional.
-        x0_limit: bound on every number of the x0 prediction. Objective ``epsilon`` needs one: near pure noise its error
-            is divided by α, and a sampler of few steps never recovers.
+        x0_range: the x0 prediction is kept inside. Objective ``epsilon`` needs it: near pure noise its error is divided
+            by α, and a sampler of few steps never recovers.
     """
 
     network: Network
@@ -78,24 +80,25 @@ class GuidedDenoiser:
     scale: float = 1.0
     rescale: float = 0.0
     classifier: ClassifierGuidance | None = None
-    x0_limit: float | None = None
+    x0_range: Range | None = None
 
     def __post_init__(self) -> None:
         if self.scale != 1 and self.null_conditions is None:
             raise ConfigurationError(f"guidance={self.scale}: a scale other than 1 needs the null condition")
         if not 0 <= self.rescale <= 1:
             raise ConfigurationError(f"guidance rescale={self.rescale}: give a number from 0 to 1")
-        if self.x0_limit is not None and not self.x0_limit > 0:
-            raise ConfigurationError(f"x0_limit={self.x0_limit}: it bounds sizes and must be above 0")
 
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
         """x_t (B, C, ...), t (B,) -> guided x0, (B, C, ...) float32."""
-        x0 = self._classifier_free(x_t, t)
+        x0 = self._bounded(self._classifier_free(x_t, t))
         if self.classifier is not None and self.classifier.scale:
             alpha, sigma = self.diffusion.alpha_sigma_like(t, x0)
             covariance = sigma.square() / (alpha.square() + sigma.square())
-            x0 = x0 + self.classifier.scale * covariance * self.classifier.gradient(x0)
-        return x0 if self.x0_limit is None else x0.clamp(-self.x0_limit, self.x0_limit)  # (B, C, ...)
+            x0 = self._bounded(x0 + self.classifier.scale * covariance * self.classifier.gradient(x0))
+        return x0  # (B, C, ...)
+
+    def _bounded(self, x0: Tensor) -> Tensor:
+        return x0 if self.x0_range is None else x0.clamp(*self.x0_range)  # (B, C, ...)
 
     def _classifier_free(self, x_t: Tensor, t: Tensor) -> Tensor:
         if self.scale == 1 or self.null_conditions is None:

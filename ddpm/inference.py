@@ -20,8 +20,8 @@ from ddpm.network import Sampling, to_device
 from ddpm.patient import Patient, joined
 from ddpm.samplers import sampler_by_name
 from errors import ConfigurationError, InputError, MemoryExhaustedError
-from vq_gan_3d.tiled import TILE_BUDGET_BYTES, decode_volume
-from vq_gan_3d.tiled_batches import TileRunner, default_tile
+from vq_gan_3d.tiled import decode_volume
+from vq_gan_3d.tiled_batches import TileRunner, tile_budget
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +34,6 @@ _MOST_TOGETHER = 8
 _LIVE_MAPS = 10
 # Streams of noise of the samples of a patient are as far apart as `ddpm.generate` has those of patients.
 _STREAM = 1 << 20
-# A tile of the decoder is not made smaller than this before memory counts as exhausted.
-_LEAST_TILE_BYTES = 1 << 26
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16}
 
 
@@ -130,30 +128,15 @@ def default_batch(bundle: Bundle, request: Request) -> int:
     unet = bundle.config.unet
     sample_bytes = 4 * _LIVE_MAPS * unet.widths[0] * math.prod(unet.level_shapes(bundle.config.latent_dhw)[0])
     sample_bytes *= 2 if request.sampling.guidance != 1 else 1
-    return max(1, min(_MOST_TOGETHER, _budget(bundle.device) // sample_bytes))
-
-
-def _budget(device: torch.device) -> int:
-    return TILE_BUDGET_BYTES.get(device.type, TILE_BUDGET_BYTES["cpu"])
+    return max(1, min(_MOST_TOGETHER, tile_budget(bundle.device) // sample_bytes))
 
 
 def _decoded(bundle: Bundle, code: Tensor, precision: torch.dtype | None) -> np.ndarray:
-    """HU (D, H, W) of a code (C, d, h, w), by tiles; the tiles shrink while the device has no memory for one."""
+    """HU (D, H, W) of a code (C, d, h, w), by tiles; they shrink while the device has no memory for one."""
     codec, shape = bundle.codec.codec, bundle.shape_dhw
     if not bool(code.isfinite().all()):
         return np.full(shape, np.nan, np.float32)  # quantised it would look sound
-    budget, halo = _budget(code.device), codec.config.receptive_halo_vox()
-    while True:
-        tile = default_tile(codec.config, halo[1], shape, budget, precision)
-        try:
-            return decode_volume(codec, code, bundle.codec.window, shape, tile_dhw=tile, precision=precision)
-        except MemoryExhaustedError:
-            if budget <= _LEAST_TILE_BYTES:
-                raise
-            budget //= 2
-            log.warning("%s is out of memory: decoding by smaller tiles", code.device)
-            if code.device.type == "cuda":
-                torch.cuda.empty_cache()
+    return decode_volume(codec, code, bundle.codec.window, shape, precision=precision)
 
 
 def settings_facts(bundle: Bundle, request: Request) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -17,9 +17,9 @@ from dataset.xray import load_xray
 from ddpm.bundle import Bundle
 from ddpm.ctpa_volume import CTPAVolume, nifti_names
 from ddpm.inference import Request, default_batch, draw, provenance_of, settings_facts, volume_of
-from ddpm.patient import Patient, prepare_patient
+from ddpm.patient import Patient, prepare_patient, refuse_untrained
 from ddpm.xray_files import XRayFiles
-from errors import ConfigurationError, InputError
+from errors import ConfigurationError, InputError, StorageError
 
 _RECORD = ".provenance.json"
 
@@ -109,13 +109,25 @@ class Results:
         return main
 
     def _remove_old(self, name: str, provenance: dict[str, Any]) -> None:
-        """What an overwritten result leaves behind, such as a further sample, would pass for part of the new one."""
+        """What an overwritten result leaves behind, such as a further sample, would pass for part of the new one.
+
+        By name and not by its record, which lists nothing where that run was interrupted.
+
+        Raises:
+            StorageError: a file cannot be removed.
+        """
         record = self._read(name)
-        if record is None or record["provenance"] == provenance or not isinstance(record["files"], dict):
+        if record is None or record["provenance"] == provenance:
             return
-        for entry in map(PurePosixPath, record["files"]):
-            if entry.parts and entry.parts[0].startswith(name) and ".." not in entry.parts:
-                (self.folder / entry).unlink(missing_ok=True)
+        parts = (".nii.gz", "_mean.nii.gz", "_uncertainty.nii.gz", "_sample_*.nii.gz", "_panel.png", "_dicom/IM*.dcm")
+        for path in sorted(path for part in parts for path in self.folder.glob(name + part)):
+            stem = path.name.removesuffix(".nii.gz")
+            if stem != name and (self.folder / (stem + _RECORD)).exists():
+                continue  # the result of a radiograph of that name
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise StorageError(f"{path}: of an older result, cannot be removed ({error.strerror})") from error
 
     def _planned(self, name: str, samples: int) -> list[Path]:
         paths = nifti_names(self.folder / f"{name}.nii.gz", samples)
@@ -137,7 +149,13 @@ class Results:
 
 
 def run(
-    bundle: Bundle, request: Request, jobs: Sequence[XRayFiles], results: Results, *, batch: int | None = None
+    bundle: Bundle,
+    request: Request,
+    jobs: Sequence[XRayFiles],
+    results: Results,
+    *,
+    label: int | None = None,
+    batch: int | None = None,
 ) -> tuple[int, dict[str, str]]:
     """Draw and save the volumes of all radiographs that are not there yet; a bad radiograph never stops the rest.
 
@@ -146,15 +164,20 @@ def run(
         request: how.
         jobs: the radiographs.
         results: where to.
+        label: of all patients, for a model that was trained with labels; see `ddpm.patient.prepare_patient`.
         batch: samples that are drawn together; None as `ddpm.inference.draw` has it.
 
     Returns:
         How many results are there now, and a reason for each radiograph that was left out, by name.
 
     Raises:
-        ConfigurationError: the folder holds results of other settings.
+        ConfigurationError: the folder holds results of other settings, or the model takes no text, label or lateral
+            view. Nothing was drawn then.
         StorageError: the disk refuses. MemoryExhaustedError: one volume is too much.
     """
+    refuse_untrained(bundle, text=any(job.report is not None for job in jobs), label=label)
+    if "lateral" not in bundle.config.conditioner.views and any(len(job.paths) > 1 for job in jobs):
+        raise ConfigurationError("a lateral view is given, but this model was trained without: leave it out")
     make_folder(results.folder)
     results.refuse_other_settings(jobs, settings_facts(bundle, request))
     finished, failed = 0, dict[str, str]()
@@ -166,7 +189,8 @@ def run(
             waiting: list[tuple[XRayFiles, Patient]] = []
             for job in jobs[first : first + together]:
                 try:
-                    patient = prepare_patient(bundle, [load_xray(path.absolute()) for path in job.paths])
+                    xrays = [load_xray(path.absolute()) for path in job.paths]
+                    patient = prepare_patient(bundle, xrays, job.text(), label)
                     if results.is_finished(job.name, provenance_of(bundle, request, patient)):
                         finished += 1
                         bar.update()

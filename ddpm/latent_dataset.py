@@ -119,8 +119,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
 
         Returns:
             ``code`` float32 (C, d, h, w); ``xray`` (V, 1, S, S), ``xray_present`` (V,), ``ray_grid`` (V, d, h, w, 2);
-            ``label``, ``text``; with a context ``extra`` (3 + C, d, h, w); ``affine`` (4, 4) of the sample's voxels,
-            ``name``, ``skipped``; outside training ``hu`` int16 (1, D, H, W).
+            ``label``, ``text``; of a crop ``extra``, its positions (3, d, h, w) or with a context (3 + C, d, h, w);
+            ``affine`` (4, 4) of the sample's voxels, ``name``, ``skipped``; outside training ``hu`` int16 (1, D, H, W).
         """
         epoch, index = key if isinstance(key, tuple) else (0, key)
         return first_readable(self.volumes, index, lambda number: self._sample(number, epoch, index))
@@ -143,8 +143,10 @@ class LatentDataset(Dataset[dict[str, Any]]):
             "text": case.text,
             **self._xrays_of(number, start, size, rng, epoch, index),
         }
-        if s.context_dhw is not None:
-            sample["extra"] = torch.cat([positions(field, start, size), self._context(number, start, size)])
+        if s.crop_dhw is not None:
+            place = positions(field, start, size)
+            context = [] if s.context_dhw is None else [self._context(number, start, size)]
+            sample["extra"] = torch.cat([place, *context])
         begin = [at * step for at, step in zip(start, stride, strict=True)]
         if self.training:
             return sample | {"affine": torch.from_numpy(affine_after_crop(case.latent.affine, begin))}

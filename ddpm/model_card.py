@@ -10,8 +10,10 @@ from ddpm.bundle import Bundle
 _SCORES = (
     ("psnr_body_db", "PSNR in the body, dB", "{:.2f}"),
     ("psnr_db", "PSNR, dB", "{:.2f}"),
+    ("psnr_slice_db", "PSNR per slice, dB", "{:.2f}"),
     ("ssim", "SSIM 3D", "{:.3f}"),
     ("mae_body_hu", "MAE in the body, HU", "{:.1f}"),
+    ("bias_hu", "bias, HU", "{:+.1f}"),
     ("drr_ncc", "NCC of projections", "{:.3f}"),
 )
 _ROLES = {
@@ -83,9 +85,11 @@ def _measured(report: Mapping[str, Any] | None) -> list[str]:
     """Scores with 95 % intervals, beside their controls."""
     if report is None:
         return ["Nothing was measured: export with `--report report.json` of `evaluation/xray_to_ct.py`."]
+    training = report.get("sampling", {}).get("split") == "training"
+    who = "patients **of the training**" if training else "held-out patients"
     rows = [
-        f"{report['cases']} held-out patients, mean [95 % interval]; a model that is to be believed beats the mean and "
-        "the regression.",
+        f"{report['cases']} {who}, mean [95 % interval]; a model that is to be believed beats the mean and the "
+        "regression.",
         "",
         "| volume from | " + " | ".join(heading for _, heading, _ in _SCORES) + " |",
         "|---|" + "---|" * len(_SCORES),
@@ -97,10 +101,8 @@ def _measured(report: Mapping[str, Any] | None) -> list[str]:
         rows.append(f"| {_ROLES.get(role, role)} | {' | '.join(cells)} |")
     for bar in report.get("bars", ()):
         verdict = "passed" if bar["passed"] else "**missed**"
-        rows += [
-            "",
-            f"Bar: {bar['bar']} at least {bar['asked']:g}; lower end {_number(bar['low'], '{:.3f}')}: {verdict}.",
-        ]
+        asked, low = f"{'at least' if bar['asked'] else 'above'} {bar['asked']:g}", _number(bar["low"], "{:.3f}")
+        rows += ["", f"Bar: {bar['bar']} {asked}; lower end {low}: {verdict}."]
     return rows
 
 

@@ -14,9 +14,10 @@ from ddpm.conditioner import Conditioner, Keep
 from ddpm.conditioner_config import ConditionerConfig
 from ddpm.conditions import ConditionBatch, Conditions, positions
 from ddpm.diffusion import Diffusion
-from ddpm.guidance import GuidedDenoiser
+from ddpm.guidance import Classifier, ClassifierGuidance, GuidedDenoiser, Range
 from ddpm.samplers import NoiseSource, sampler_by_name, time_grid
 from ddpm.unet import UNet3D, UNetConfig
+from errors import ConfigurationError
 from vq_gan_3d.latents import LatentScaler, LatentStatistics
 
 Triple = tuple[int, int, int]
@@ -150,12 +151,16 @@ class LatentDiffusion(nn.Module):
         self.conditioner = Conditioner(config.conditioner, config.unet.strides, config.latent_dhw)
 
     def encode_conditions(self, batch: ConditionBatch, keep: Keep | None = None) -> Conditions:
-        """What the U-Net is told of a batch; ``keep`` drops some of it."""
-        return self.conditioner(_placed(batch), keep)
+        """What the U-Net is told of a batch; ``keep`` drops some of it.
+
+        Raises:
+            ConfigurationError: a model of crops, and the batch does not say where its crops are.
+        """
+        return self.conditioner(self._placed(batch), keep)
 
     def null_conditions(self, batch: ConditionBatch) -> Conditions:
         """The same of patients of whom nothing is known."""
-        return self.conditioner.null(_placed(batch))
+        return self.conditioner.null(self._placed(batch))
 
     def forward(self, x: Tensor, t: Tensor, conditions: Conditions) -> Tensor:
         """Noisy latent (B, C, d, h, w) at times (B,) -> prediction (B, C, d, h, w)."""
@@ -174,9 +179,21 @@ class LatentDiffusion(nn.Module):
         conditions = self.encode_conditions(batch, keep)
         return self.config.diffusion.losses(lambda x, s: self(x, s, conditions), latent, noise, t)  # (B,)
 
+    @property
+    def latent_range(self) -> Range:
+        """Least and greatest latent that a code can have, (C, 1, 1, 1) each: squashed codes are in [-1, 1]."""
+        end = torch.full_like(self.scaler.mean, torch.inf)
+        return self.scaler.to_latent(-end), self.scaler.to_latent(end)  # (C, 1, 1, 1)
+
     @torch.no_grad()
     def sample(
-        self, batch: ConditionBatch, grid_dhw: Sequence[int], sampling: Sampling, seed: int, indices: Sequence[int]
+        self,
+        batch: ConditionBatch,
+        grid_dhw: Sequence[int],
+        sampling: Sampling,
+        seed: int,
+        indices: Sequence[int],
+        guide: ClassifierGuidance | None = None,
     ) -> Tensor:
         """Continuous codes (B, C, d, h, w) drawn for a batch; each depends on its own seed and index alone.
 
@@ -186,25 +203,38 @@ class LatentDiffusion(nn.Module):
             sampling: how.
             seed: of the run.
             indices: number of each sample in the run.
+            guide: pulls the samples towards labels (B,); its classifier judges squashed codes (B, C, d, h, w).
         """
         diffusion, device = self.config.diffusion, batch.xray.device
         conditions = self.encode_conditions(batch)
         null = self.null_conditions(batch) if sampling.guidance != 1 else None
-        denoise = GuidedDenoiser(self, diffusion, conditions, null, sampling.guidance, sampling.rescale)
+        if guide is not None:
+            guide = replace(guide, classifier=self._of_latents(guide.classifier))
+        denoise = GuidedDenoiser(
+            self, diffusion, conditions, null, sampling.guidance, sampling.rescale, guide, self.latent_range
+        )
         rng = NoiseSource(seed, indices)
         noise = rng.normal((self.config.unet.in_channels, *grid_dhw), device)
         times = time_grid(sampling.steps, diffusion.schedule).to(device)
         latent = sampler_by_name(sampling.sampler)(denoise, noise, times, diffusion, rng)
         return self.scaler.to_code(latent)  # (B, C, d, h, w)
 
+    def _of_latents(self, classifier: Classifier) -> Classifier:
+        """A classifier of squashed codes as one of latents."""
+        return lambda latent: classifier(latent * self.scaler.std + self.scaler.mean)
 
-def _placed(batch: ConditionBatch) -> ConditionBatch:
-    """With positions where there are none yet: lifted features are the same all along a ray, the place on it is not."""
-    if batch.extra is not None:
-        return batch
-    grid = batch.ray_grid.shape[2:5]
-    extra = positions(grid, (0, 0, 0), grid).to(batch.ray_grid)  # (3, d, h, w)
-    return replace(batch, extra=extra.expand(len(batch.ray_grid), *extra.shape))
+    def _placed(self, batch: ConditionBatch) -> ConditionBatch:
+        """With the positions of whole fields: lifted features are the same all along a ray, the place on it is not."""
+        if batch.extra is not None:
+            return batch
+        if self.config.crop_dhw is not None:
+            raise ConfigurationError(
+                "a model of crops must be told where they are in the whole field: give it crops of its data, or take a "
+                "model of whole fields (dataset.patch_size=null)"
+            )
+        grid = batch.ray_grid.shape[2:5]
+        extra = positions(grid, (0, 0, 0), grid).to(batch.ray_grid)  # (3, d, h, w)
+        return replace(batch, extra=extra.expand(len(batch.ray_grid), *extra.shape))
 
 
 def to_device(batch: ConditionBatch, device: torch.device | str) -> ConditionBatch:

@@ -69,11 +69,7 @@ def prepare_patient(bundle: Bundle, xrays: Sequence[XRay], text: str = "", label
     told = bundle.config.conditioner
     if not xrays:
         raise ConfigurationError("no radiograph: give one")
-    if text and told.text == "none":
-        raise ConfigurationError("a text is given, but this model was trained without reports: leave it out")
-    if label is not None and (not told.label or label not in (0, 1)):
-        known = "give 0, 1 or none" if told.label else "this model was trained without labels: leave it out"
-        raise ConfigurationError(f"label={label}: {known}")
+    refuse_untrained(bundle, text=bool(text), label=label)
     placed = _by_view(xrays, cast("tuple[View, ...]", told.views))
     # a geometry beside a DICOM file belongs to the picture of the same name
     infos = {v: read_info(Path(xray.source)) if RENDERED in xray.notes else None for v, xray in placed.items()}
@@ -110,6 +106,25 @@ def prepare_patient(bundle: Bundle, xrays: Sequence[XRay], text: str = "", label
     )
     known_text = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest() if text else None
     return Patient(conditions, affine, {"xrays": facts, "field": origin, "text_sha256": known_text, "label": label})
+
+
+def refuse_untrained(bundle: Bundle, *, text: bool, label: int | None) -> None:
+    """What a model was trained without, it cannot be told.
+
+    Args:
+        bundle: whose model shall be told.
+        text: a report is given.
+        label: as `prepare_patient` takes it.
+
+    Raises:
+        ConfigurationError: a text or label for a model that was not trained with any, or a label that is none.
+    """
+    told = bundle.config.conditioner
+    if text and told.text == "none":
+        raise ConfigurationError("a text is given, but this model was trained without reports: leave it out")
+    if label is not None and (not told.label or label not in (0, 1)):
+        known = "give 0, 1 or none" if told.label else "this model was trained without labels: leave it out"
+        raise ConfigurationError(f"label={label}: {known}")
 
 
 def _by_view(xrays: Sequence[XRay], views: tuple[View, ...]) -> dict[View, XRay]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,9 +24,11 @@ from ddpm.network import DDPMConfig, LatentDiffusion, Sampling
 from ddpm.prepare import encoding_device
 from ddpm.pretrained import load_network
 from ddpm.samplers import sampler_by_name
+from ddpm.unet import UNetConfig
 from errors import ConfigurationError
 from vq_gan_3d.hardware import resolve_hardware
 from vq_gan_3d.latents import FrozenCodec
+from vq_gan_3d.resume import flat
 from vq_gan_3d.runner import optimizer_config
 from vq_gan_3d.stage import Monitor
 from vq_gan_3d.training import train_stage
@@ -67,7 +70,8 @@ class DDPMStage:
                     f"{config.pretrained_ddpm} was trained on latents of codec {base.config.codec_hash[:12]}, "
                     f"{config.pretrained_vqgan} is {codec.content_hash[:12]}: give the one that belongs to it"
                 )
-            _require_same_data(config, base.config)
+            _lora_config(config)
+            _require_same_model(config, base.config)
         return latent_data_module(config, codec, self._base.config.statistics if self._base else None)
 
     def build_module(self, config: DictConfig, data: LatentDataModule) -> DDPM:
@@ -81,9 +85,8 @@ class DDPMStage:
         lora = None
         if self._base is not None:
             network = self._base
-            settings = {key: value for key, value in plain_dict(config.lora).items() if key != "enabled"}
             base = str(Path(config.pretrained_ddpm).expanduser().resolve())
-            lora = LoraOrigin(LoraConfig.from_dict(settings), base, base_digest(network))
+            lora = LoraOrigin(_lora_config(config), base, base_digest(network))
         else:
             network = LatentDiffusion(self._network_config(config, data, codec))
         if config.hardware.checkpointing:
@@ -121,7 +124,8 @@ class DDPMStage:
             "dataset.patches_per_volume": d.patches_per_volume,
             "dataset.tissue_bias": d.tissue_bias,
             "dataset.xray_augmentation": None if d.xray_augmentation is None else plain_dict(d.xray_augmentation),
-            "lora": plain_dict(config.lora),
+            "lora": {key: value for key, value in plain_dict(config.lora).items() if key != "targets"},
+            "lora.targets": None if config.lora.targets is None else list(config.lora.targets),
         }
 
     def to_compile(self, module: DDPM) -> Iterable[nn.Module]:
@@ -140,21 +144,49 @@ class DDPMStage:
         ]
 
 
-def _require_same_data(config: DictConfig, base: DDPMConfig) -> None:
-    """Adapters are trained on samples as the base model takes them.
+def _lora_config(config: DictConfig) -> LoraConfig:
+    """The adapters that ``lora.*`` describes."""
+    settings = plain_dict(config.lora)
+    left_out = {"enabled"} | ({"targets"} if settings["targets"] is None else set())
+    return LoraConfig.from_dict({key: value for key, value in settings.items() if key not in left_out})
+
+
+def _require_same_model(config: DictConfig, base: DDPMConfig) -> None:
+    """Adapters sit on the base model as it is, and see samples as it takes them: nothing else that is set counts.
 
     Raises:
-        ConfigurationError: a setting that shapes samples differs.
+        ConfigurationError: settings differ from those of the base; the message holds them as they are typed.
     """
-    told, crops = base.conditioner, base.crop_dhw is not None
-    for key, ours, theirs in (
-        ("model.conditioner.views", list(config.model.conditioner.views), list(told.views)),
-        ("model.conditioner.xray_size", config.model.conditioner.xray_size, told.xray_size),
-        ("dataset.patch_size", config.dataset.patch_size is not None, crops),
-        ("model.context_dhw", list(config.model.context_dhw or ()) if crops else [], list(base.context_dhw or ())),
-    ):
-        if ours != theirs:
-            raise ConfigurationError(f"{key}: pretrained_ddpm was trained with {theirs}, not {ours}: set it so")
+    crops = base.crop_dhw is not None
+    if crops != (config.dataset.patch_size is not None):
+        raise ConfigurationError(
+            f"dataset.patch_size: pretrained_ddpm was trained on {'crops' if crops else 'whole fields'}: "
+            f"{'set it' if crops else 'leave it null'}"
+        )
+    model = plain_dict(config.model)
+    ours: dict[str, Any] = {
+        "unet": UNetConfig.from_dict(model["unet"]).as_dict(),
+        "diffusion": Diffusion.from_dict(model["diffusion"]).as_dict(),
+        "conditioner": ConditionerConfig.from_dict(model["conditioner"]).as_dict(),
+        "context_dhw": model["context_dhw"],
+    }
+    theirs = base.as_dict()
+    # what the base was given beyond these follows from its latents and its conditioner
+    ours["unet"], theirs["unet"] = ({key: part["unet"][key] for key in model["unet"]} for part in (ours, theirs))
+    if not crops:
+        ours["context_dhw"] = None
+    here, there = (flat(json.loads(json.dumps({key: part[key] for key in ours}))) for part in (ours, theirs))
+    differing = [key for key in there | here if here.get(key) != there.get(key)]
+    if differing:
+        wanted = " ".join(f"model.{key}={_typed(there.get(key))}" for key in differing)
+        raise ConfigurationError(
+            f"adapters leave the model as it is: pretrained_ddpm was trained with {wanted}: set these"
+        )
+
+
+def _typed(value: Any) -> str:
+    """A setting as it is typed on the command line."""
+    return json.dumps(value, separators=(",", ":")).replace('"', "")
 
 
 def train(config: DictConfig) -> int:

@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ddpm.device import DEVICE_HELP, chosen_device
 from errors import ConfigurationError, ExitCode, InputError, run_command
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def parse_arguments() -> argparse.Namespace:
         "--features",
         help="network of slices (N, 1, 224, 224) -> (N, F): a TorchScript file, or package.module:function",
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args()
 
@@ -163,14 +164,15 @@ def main(arguments: argparse.Namespace) -> int:
     from evaluation.records import claim, write_record
 
     sampler_by_name(arguments.sampler)
-    held_out = open_run(arguments.run, arguments.checkpoint, arguments.codec, arguments.cases, arguments.device)
+    device = chosen_device(arguments.device)
+    held_out = open_run(arguments.run, arguments.checkpoint, arguments.codec, arguments.cases, device)
     numbers = labelled_cases(held_out)
-    judges = open_judges(held_out, arguments.classifier, arguments.xray_classifier, arguments.device)
+    judges = open_judges(held_out, arguments.classifier, arguments.xray_classifier, device)
     features: PlaneFeatures
     if arguments.features is None:
         name, features = OWN_FEATURES, plane_features(judges[0])
     else:
-        name, network = load_features(arguments.features, arguments.device)
+        name, network = load_features(arguments.features, device)
         features = features_of_slices(network, held_out.generator.codec.window)
     sampling = Sampling(arguments.steps, arguments.sampler, arguments.guidance, arguments.rescale, seed=arguments.seed)
     output = arguments.output or arguments.run / "clinical"

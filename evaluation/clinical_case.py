@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dataset.geometry import spacing_mm
-from dataset.phantom import Phantom, make_phantom
+from dataset.phantom import Phantom
 from dataset.sources import PhantomSource, VolumeSource
 from ddpm.classifier.judge import Judge
 from ddpm.conditions import UNKNOWN_LABEL, ConditionBatch
@@ -111,7 +111,7 @@ def phantom_of(source: VolumeSource, shape: tuple[int, ...]) -> Phantom | None:
     """
     if not isinstance(source, PhantomSource) or tuple(source.size_dhw) != tuple(shape):
         return None
-    return make_phantom(source.seed, source.size_dhw, source.spacing_mm)
+    return source.phantom()
 
 
 def overlaps(drawn: Drawn, phantom: Phantom | None) -> dict[str, dict[str, float]]:

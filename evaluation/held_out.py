@@ -18,9 +18,12 @@ from dataset.from_config import run_config
 from dataset.geometry import crop_or_pad
 from dataset.xray import load_xray
 from dataset.xray_drr import read_info, read_line_integrals
+from ddpm.classifier.guide import load_guide
+from ddpm.classifier.network import PEClassifier
 from ddpm.conditions import UNKNOWN_LABEL, ConditionBatch
 from ddpm.data_module import LatentDataModule, latent_data_module
 from ddpm.generate import Generator, load_ddpm
+from ddpm.guidance import ClassifierGuidance
 from ddpm.latent_dataset import LatentDataset, collate_latents, condition_batch
 from errors import ConfigurationError, InputError
 from evaluation.metrics.linear import RidgeWeights
@@ -34,6 +37,38 @@ _LINEAR_VOXELS = 1 << 15
 
 
 @dataclass(frozen=True)
+class Guide:
+    """A classifier of latents that pulls every volume towards one label, whatever the radiograph says.
+
+    Attributes:
+        classifier: of `ddpm.classifier.guide.load_guide`.
+        label: 1 for an embolism, 0 for none.
+        scale: 1 is Bayes' rule.
+        digest: SHA-256 of the classifier's file.
+    """
+
+    classifier: PEClassifier
+    label: int
+    scale: float
+    digest: str
+
+    @classmethod
+    def load(cls, path: Path, generator: Generator, label: int, scale: float) -> Guide:
+        """From a checkpoint.
+
+        Raises:
+            InputError: missing, damaged, or no classifier of this generator's latents.
+        """
+        classifier = load_guide(path, generator.codec, generator.device)
+        with path.open("rb") as handle:
+            return cls(classifier, label, scale, hashlib.file_digest(handle, "sha256").hexdigest())
+
+    def of(self, patients: int, device: torch.device) -> ClassifierGuidance:
+        """For a batch of so many patients."""
+        return ClassifierGuidance(self.classifier, torch.full((patients,), self.label, device=device), self.scale)
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How volumes are drawn; see `ddpm.generate.Generator.generate`."""
 
@@ -44,7 +79,13 @@ class Sampling:
     seed: int = 0
 
     def draw(
-        self, generator: Generator, batch: ConditionBatch, shape_dhw: tuple[int, ...], number: int, samples: int = 1
+        self,
+        generator: Generator,
+        batch: ConditionBatch,
+        shape_dhw: tuple[int, ...],
+        number: int,
+        samples: int = 1,
+        guide: Guide | None = None,
     ) -> np.ndarray:
         """Volumes float32 HU (B, samples, D, H, W); all entries of the batch share the noise of patient ``number``.
 
@@ -61,6 +102,7 @@ class Sampling:
             seed=self.seed,
             indices=[number] * len(batch.text),
             samples=samples,
+            guide=None if guide is None else guide.of(len(batch.text), generator.device),
         ).numpy()
         if not np.isfinite(volumes).all():
             raise InputError("the model gives volumes that are not finite: take another checkpoint or sampler")
@@ -176,18 +218,16 @@ def open_run(
         checkpoint: default ``checkpoints/final.ckpt`` of the run.
         codec: checkpoint of the first stage; default the run's copy.
         cases: at most so many patients; None for all.
-        device: where to compute.
+        device: where to compute, as `ddpm.device.chosen_device` gives it.
         split: whom to evaluate.
 
     Raises:
         InputError: no such run, or a checkpoint or data cannot be read.
-        ConfigurationError: a number of cases below 1, or a device that is not there.
+        ConfigurationError: a number of cases below 1.
     """
     config = run_config(run)
     if cases is not None and cases < 1:
         raise ConfigurationError(f"--cases {cases}: give 1 or more")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigurationError(f"--device {device}: no CUDA GPU here: use --device cpu")
     if OmegaConf.select(config, "model.conditioner") is None:
         raise InputError(
             f"{run / 'config.yaml'}: of another training: --run wants the output_dir of a diffusion training"

@@ -1,17 +1,19 @@
 """How many emboli survive encoding and decoding? Phantoms with known clots, a trained codec, shares by size.
 
-python evaluation/lesion_survival.py --checkpoint outputs/checkpoints/final.ckpt --output lesion_survival.json
+python evaluation/lesion_survival.py --checkpoint outputs/checkpoints/final.ckpt
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from errors import ConfigurationError, ExitCode, InputError, StorageError, run_command
+from ddpm.device import DEVICE_HELP, chosen_device
+from errors import ConfigurationError, ExitCode, InputError, run_command
+
+_NAME = "lesion_survival.json"  # by which evaluation/report.py finds it
 
 
 def evaluate(checkpoint: Path, size_dhw: tuple[int, int, int], cases: int, seed: int, device: str) -> dict[str, Any]:
@@ -68,11 +70,11 @@ def parse_arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="of the 3D VQ-GAN")
-    parser.add_argument("--output", type=Path, help="JSON file (default: print only)")
+    parser.add_argument("--output", type=Path, help=f"JSON file (default: {_NAME} in the run)")
     parser.add_argument("--size", type=int, nargs=3, default=[96, 192, 192], metavar=("D", "H", "W"), help="voxels")
     parser.add_argument("--cases", type=int, default=16, help="phantoms, all with emboli (default: 16)")
     parser.add_argument("--seed", type=int, default=20_000, help="of the first phantom (default: 20000)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args()
 
@@ -84,17 +86,18 @@ def main(arguments: argparse.Namespace) -> int:
             f"--cases {arguments.cases} --seed {arguments.seed}: give 1 case or more from seed 0 on"
         )
     d, h, w = arguments.size
-    report = evaluate(arguments.checkpoint, (d, h, w), arguments.cases, arguments.seed, arguments.device)
-    if arguments.output is not None:
-        from dataset.atomic import atomic_write
+    from dataset.atomic import make_folder
+    from evaluation.records import write_record
 
-        try:
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"{arguments.output}: its folder cannot be created ({error.strerror})") from error
-        with atomic_write(arguments.output) as handle:
-            handle.write(json.dumps(report, indent=1).encode())
+    checkpoint, device = arguments.checkpoint, chosen_device(arguments.device)
+    # a run keeps its checkpoints in a folder; a checkpoint elsewhere has no run, and the result lies beside it
+    run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
+    output = arguments.output or run / _NAME
+    report = evaluate(checkpoint, (d, h, w), arguments.cases, arguments.seed, device)
+    make_folder(output.parent, "give another --output")
+    write_record(output, report)
     print_table(report)
+    print(f"report: {output}")
     return ExitCode.OK
 
 

@@ -178,8 +178,13 @@ def _annotate(tile: np.ndarray, letters: str, text: str) -> Image.Image:
 
 
 def _text(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, anchor: str) -> None:
+    """Yellow on a black plate: an outline alone is not read on the white of an error map."""
+    if not text:
+        return
     font = ImageFont.load_default(_FONT_PX)
-    draw.text(place, text, fill=(255, 220, 0), font=font, anchor=anchor, stroke_width=1, stroke_fill=(0, 0, 0))
+    left, top, right, bottom = draw.textbbox(place, text, font=font, anchor=anchor)
+    draw.rectangle((left - 2, top - 1, right + 1, bottom + 1), fill=(0, 0, 0))
+    draw.text(place, text, fill=(255, 220, 0), font=font, anchor=anchor)
 
 
 def _compose(rows: list[list[Image.Image]], headings: list[str], error_range_hu: float) -> np.ndarray:

@@ -29,6 +29,7 @@ from preprocess.batch_report import fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 _RECORDS = "stages"
+_DATA = "data.txt"  # in it: what all stages work on
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,25 @@ class Pipeline:
             )
         make_folder(self.records)
         self.count = 0
+
+    def belongs_to(self, what: str) -> None:
+        """Only one set of data works in a folder: of another one, the stages would remove what the first one made.
+
+        Args:
+            what: the data, in words that are the same each time.
+
+        Raises:
+            ConfigurationError: the folder holds results of other data.
+        """
+        record = self.records / _DATA
+        known = record.read_text(encoding="utf-8") if record.is_file() else what
+        if known != what:
+            raise ConfigurationError(
+                f"{self.records.parent}: holds results of {known}, not of {what}: give another --output "
+                "(make demo: DEMO=folder), or remove it"
+            )
+        with atomic_write(record) as handle:
+            handle.write(what.encode())
 
     @contextmanager
     def claimed(self) -> Iterator[None]:

@@ -33,7 +33,7 @@ def claim(output: Path, settings: dict[str, Any]) -> None:
     if (known := read_record(record)) is None:
         write_record(record, settings)
     elif known != settings:
-        differing = ", ".join(key for key in settings if known.get(key) != settings[key])
+        differing = ", ".join(key for key in settings | known if known.get(key) != settings.get(key))
         raise ConfigurationError(f"{output}: holds results of another {differing}: give another --output, or remove it")
 
 

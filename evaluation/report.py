@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ddpm.device import DEVICE_HELP, chosen_device
 from errors import ConfigurationError, ExitCode, run_command
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--run", type=Path, nargs="+", required=True, help="folder of a run, of results, or of several")
     parser.add_argument("--output", type=Path, help="the file (default: report.html in the folder)")
     parser.add_argument("--cases", type=int, default=3, help="held-out patients with pictures (default: 3)")
-    parser.add_argument("--device", default="cpu", help="where volumes are drawn: cpu, cuda or cuda:N (default: cpu)")
+    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args()
 
@@ -42,7 +43,7 @@ def main(arguments: argparse.Namespace) -> int:
     _announce(found)
     from evaluation.report_sections import write_report  # imports torch, which a wrong folder need not wait for
 
-    html = write_report(found, arguments.cases, arguments.device)
+    html = write_report(found, arguments.cases, chosen_device(arguments.device))
     make_folder(output.parent)
     with atomic_write(output) as handle:
         handle.write(html.encode())

@@ -8,7 +8,7 @@ from html import escape
 from errors import ProjectError
 from evaluation.report_cases import Chosen, ReportCase, cases_of, versions
 from evaluation.report_clinical import clinical_tables, lesion_table
-from evaluation.report_collect import Found, mapping
+from evaluation.report_collect import Found, Result, mapping
 from evaluation.report_curves import training_curves
 from evaluation.report_page import TITLE, Volumes, page, viewer
 from evaluation.report_pictures import histogram, planes, radiographs
@@ -25,6 +25,10 @@ _HOW = {
     "diffusion training": "python ddpm/train/train_ddpm.py pretrained_vqgan=DIR/checkpoints/final.ckpt output_dir=DIR2",
     "table of reconstructions": "python evaluation/reconstruct.py --run DIR",
     "table of generated volumes": "python evaluation/xray_to_ct.py --run DIR2",
+    "diversity of samples": "python evaluation/xray_to_ct.py --run DIR2 --output DIR3 --samples 4",
+    "evaluation of embolism": "python ddpm/classifier/train_classifier.py output_dir=DIR4, then "
+    "python evaluation/clinical.py --run DIR2 --classifier DIR4/checkpoints/final.ckpt",
+    "survival of emboli in the codec": "python evaluation/lesion_survival.py --checkpoint DIR/checkpoints/final.ckpt",
     "pictures": "finish the training (ckpt_path=last), so that checkpoints/final.ckpt is there",
 }
 
@@ -89,14 +93,17 @@ def _patients(articles: list[str], chosen: Chosen) -> str:
 
 def _summary(found: Found) -> str:
     tiles: list[str] = []
-    for result in found.results.get("codec_metrics", ()):
+    restored, generated = found.results.get("codec_metrics", []), found.results.get("generation", [])
+    for result in restored:
         mean, count = mapping(result.content, "mean"), len(mapping(result.content, "volumes"))
         text = f"PSNR 3D of {count} reconstructed held-out volumes"
-        tiles.append(_tile(f"{plain(mean.get('psnr_db'), '{:.2f}')} dB", text))
-    for result in found.results.get("generation", ()):
+        tiles.append(_tile(f"{plain(mean.get('psnr_db'), '{:.2f}')} dB", text, of=_whose(result, restored)))
+    for result in generated:
         summary = mapping(result.content, "summary")
         patients = plain(summary.get("cases"), "{:.0f}")
-        figures = {f"PSNR in the body, generated for {patients} held-out patients": ("{:.2f}", "scores", "right")}
+        training = mapping(result.content, "settings").get("split") == "training"
+        who = f"{patients} {'patients of the training' if training else 'held-out patients'}"
+        figures = {f"PSNR in the body, generated for {who}": ("{:.2f}", "scores", "right")}
         for control, text in (
             ("shuffled", "gain of the own X-ray over another patient's"),
             ("mean", "gain over the mean of the training volumes"),
@@ -106,12 +113,19 @@ def _summary(found: Found) -> str:
                 figures[f"PSNR in the body: {text}"] = ("{:+.2f}", "gains", control)
         for text, (form, *place) in figures.items():
             figure, _, interval = estimate(mapping(summary, *place, "psnr_body_db"), form).partition(" ")
-            tiles.append(_tile(f"{figure} dB", text, f"95 % interval {interval}" if interval else ""))
+            interval = f"95 % interval {interval}" if interval else ""
+            tiles.append(_tile(f"{figure} dB", text, interval, of=_whose(result, generated)))
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 
 
-def _tile(figure: str, text: str, interval: str = "") -> str:
-    return f'<div class="tile"><b>{escape(figure)}</b><span>{escape(interval)}</span><span>{escape(text)}</span></div>'
+def _whose(result: Result, beside: list[Result]) -> str:
+    """The name of a result where there are several of its kind."""
+    return result.name if len(beside) > 1 else ""
+
+
+def _tile(figure: str, text: str, interval: str = "", of: str = "") -> str:
+    below = "".join(f"<span>{escape(line)}</span>" for line in (interval, text, of) if line)
+    return f'<div class="tile"><b>{escape(figure)}</b>{below}</div>'
 
 
 def _results(found: Found) -> str:
@@ -130,6 +144,11 @@ def _missing(found: Found, pictures: bool) -> str:
         "diffusion training": not found.of_kind("diffusion"),
         "table of reconstructions": not found.results.get("codec_metrics"),
         "table of generated volumes": not found.results.get("generation"),
+        "diversity of samples": not any(
+            mapping(result.content, "summary", "diversity") for result in found.results.get("generation", ())
+        ),
+        "evaluation of embolism": not found.results.get("clinical"),
+        "survival of emboli in the codec": not found.results.get("lesions"),
         "pictures": not pictures,
     }
     lines = [f"No {name}: <code>{escape(_HOW[name])}</code>" for name, missing in absent.items() if missing]

@@ -13,9 +13,11 @@ from evaluation.report_collect import Result, mapping, number
 SCORES = (
     ("psnr_body_db", "PSNR body, dB", "{:.2f}"),
     ("psnr_db", "PSNR, dB", "{:.2f}"),
+    ("psnr_slice_db", "PSNR per slice, dB", "{:.2f}"),
     ("ssim", "SSIM", "{:.4f}"),
     ("mae_body_hu", "MAE body, HU", "{:.1f}"),
     ("mae_hu", "MAE, HU", "{:.1f}"),
+    ("bias_hu", "bias, HU", "{:+.1f}"),
     ("drr_ncc", "NCC of DRR", "{:.4f}"),
     ("drr_ncc_body", "NCC of DRR, body", "{:.4f}"),
 )
@@ -30,6 +32,7 @@ ROLES = {
 }
 MEASURES = {
     "lung_ml": "lung volume",
+    "body_ml": "body volume",
     "heart_ml": "heart volume",
     "heart_shadow_cm2": "heart shadow",
     "body_width_mm": "body width",
@@ -38,11 +41,19 @@ MEASURES = {
 
 _OTHER = {
     "mirror": {
-        "ncc_mirrored": "from the mirrored X-ray: NCC with the mirrored volume",
-        "ncc_same": "from the mirrored X-ray: NCC with the volume itself",
-        "gain": "difference of the two; positive: it follows the X-ray",
+        "ncc_mirrored": "chirality, from the mirrored X-ray: NCC with the mirrored volume",
+        "ncc_same": "chirality, from the mirrored X-ray: NCC with the volume itself",
+        "gain": "chirality: difference of the two; positive: the side follows the X-ray",
     },
-    "cone": {"ncc": "NCC of the cone-beam DRR with the X-ray that was given"},
+    "cone": {
+        "ncc": "NCC of the cone-beam DRR with the X-ray that was given",
+        "ncc_shuffled": "the same of the volume from another patient's X-ray, with the patient's own",
+    },
+    "retrieval": {
+        "nearest": "share whose own CT is the nearest of all that were evaluated",
+        "nearest_shuffled": "the same of volumes from another patient's X-ray",
+        "rank": "place of the own CT among all, by distance (1 is the nearest)",
+    },
     "diversity": {"ms_ssim": "MS-SSIM between samples", "std_hu": "standard deviation between samples, HU"},
 }
 
@@ -111,23 +122,25 @@ def generation_tables(result: Result) -> str:
     """All of the summary of ``evaluation/xray_to_ct.py``."""
     summary = mapping(result.content, "summary")
     patients = plain(summary.get("cases"), "{:.0f}")
-    headings = [heading for _, heading, _ in SCORES]
+    training = mapping(result.content, "settings").get("split") == "training"
+    who = "patients OF THE TRAINING, which the model has seen" if training else "held-out patients"
+    compared = [score for score in SCORES if score[0] != "bias_hu"]  # no volume has more of a signed error
 
-    def rows_of(part: str) -> list[list[str]]:
+    def rows_of(part: str, columns: Sequence[tuple[str, str, str]]) -> list[list[str]]:
         return [
-            [ROLES.get(role, str(role)), *(estimate(mapping(values).get(key), form) for key, _, form in SCORES)]
+            [ROLES.get(role, str(role)), *(estimate(mapping(values).get(key), form) for key, _, form in columns)]
             for role, values in mapping(summary, part).items()
         ]
 
     parts = [
         table(
-            ["volume made from", *headings],
-            rows_of("scores"),
-            f"{result.name}: {patients} held-out patients; mean [95 % bootstrap interval over patients]",
+            ["volume made from", *(heading for _, heading, _ in SCORES)],
+            rows_of("scores", SCORES),
+            f"{result.name}: {patients} {who}; mean [95 % bootstrap interval over patients]",
         ),
         table(
-            ["over", *headings],
-            rows_of("gains"),
+            ["over", *(heading for _, heading, _ in compared)],
+            rows_of("gains", compared),
             "Paired gain of the patient's own X-ray; positive is better, also for errors",
         ),
     ]
@@ -145,8 +158,14 @@ def generation_tables(result: Result) -> str:
 def _other_figures(summary: Mapping[str, Any]) -> str:
     chirality = mapping(summary, "chirality")
     share = 100 * number(chirality.get("share_right_way_round"))
-    rows = [["chirality (NCC upright minus mirrored)", estimate(chirality, "{:.4f}")]]
-    rows.append(["the right way round", f"{plain(share, '{:.0f}')} %"])
+    rows = [
+        [
+            "upright X-ray: NCC of the projection with the truth's minus with the truth's mirrored (a chest that is "
+            "drawn without looking passes, too)",
+            estimate(chirality, "{:.4f}"),
+        ],
+        ["upright X-ray: share above 0 (as above)", f"{plain(share, '{:.0f}')} %"],
+    ]
     for part, names in _OTHER.items():
         rows += [
             [names.get(name, f"{part}: {name}"), estimate(value, "{:.4g}")]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,20 +17,19 @@ import torch
 from dataset.atomic import atomic_write, make_folder
 from dataset.intensity import HUWindow
 from dataset.sources import NiftiSource, StoreSource, VolumeSource, find_nifti, find_stores
-from dataset.store import SUFFIX
-from dataset.tiling import HaloTiling, Tiling, Triple, round_up
+from dataset.store import SUFFIX, LazyHU, verify_store
+from dataset.tiling import Triple
 from dataset.volume_io import Volume
 from errors import ConfigurationError, ExitCode, InputError, one_line
-from evaluation.metrics.image import ssim_3d
-from evaluation.metrics.streamed import MetricSums
-from patchwise_512x512x604.utils.reconstruction import TILE_DHW, ReconstructionResult, reconstruct_volume
+from evaluation.metrics.seams import PlaneErrors
+from evaluation.metrics.streamed import SliceStream
+from patchwise_512x512x604.utils.patch_utils import Kind, Write
+from patchwise_512x512x604.utils.reconstruction import Mode, ReconstructionResult, reconstruct_volume
 from vq_gan_3d.codec import VQCodec
 from vq_gan_3d.pretrained import load_codec
-from vq_gan_3d.tiled import tile_budget
-from vq_gan_3d.tiled_batches import TileRunner, default_tile
+from vq_gan_3d.tiled import HUArray
 
 log = logging.getLogger(__name__)
-_SLICES = 16  # brought to the unit range at a time
 _PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
 
@@ -43,40 +42,53 @@ class Model:
         window: its HU window.
         mode: ``halo`` or ``blend``, see `reconstruct_volume`.
         tile_dhw: of its tiles; None: chosen by the mode.
+        overlap: of blended tiles, a share in [0, 1).
+        weights: of blended tiles.
         precision: of autocast; None: fp32.
         batch: tiles at a time; None: by the memory that is free.
     """
 
     codec: VQCodec
     window: HUWindow
-    mode: str = "halo"
+    mode: Mode = "halo"
     tile_dhw: Triple | None = None
+    overlap: float = 0.25
+    weights: Kind = "linear"
     precision: torch.dtype | None = None
     batch: int | None = None
 
-    def reconstruct(self, hu: np.ndarray) -> ReconstructionResult:
-        """Encode, quantise and decode a volume (D, H, W) of any size; what comes back is int16 HU."""
+    def reconstruct(self, hu: HUArray, write: Write | None = None) -> ReconstructionResult:
+        """Encode, quantise and decode a volume (D, H, W) of any size; what comes back, or is written, is int16 HU."""
         return reconstruct_volume(
             self.codec,
             hu,
             self.window,
-            mode=self.mode,  # type: ignore[arg-type]
+            mode=self.mode,
             tile_dhw=self.tile_dhw,
+            overlap=self.overlap,
+            weights=self.weights,
             batch=self.batch,
             precision=self.precision,
+            write=write,
         )
 
-    def tiling(self, shape: Sequence[int]) -> Tiling | HaloTiling:
-        """Where the decoded tiles of a volume (D, H, W) meet."""
-        config = self.codec.config
-        shape_dhw = (shape[0], shape[1], shape[2])
-        if self.mode == "blend":
-            return Tiling(shape_dhw, self.tile_dhw or TILE_DHW, stride_dhw=config.total_stride)
-        halo = config.receptive_halo_vox()[1]
-        budget = tile_budget(TileRunner(self.codec, 1, self.precision))
-        d, h, w = (round_up(length, step) for length, step in zip(shape_dhw, config.total_stride, strict=True))
-        tile = self.tile_dhw or default_tile(config, halo, (d, h, w), budget, self.precision)
-        return HaloTiling(shape_dhw, tile, halo, config.total_stride)
+    def measure(self, hu: HUArray) -> tuple[ReconstructionResult, dict[str, float]]:
+        """Reconstruct a volume (D, H, W) and measure its slices as they come: the reconstruction is never held.
+
+        Returns:
+            The result, without its volume, and the metrics of `volume_metrics` with ``seam_ratio``.
+        """
+        # the reconstruction reads ahead in another thread, and a handle is for one
+        original = LazyHU(hu.path, hu.shape) if isinstance(hu, LazyHU) else hu
+        metrics, errors = SliceStream(hu.shape, self.window), PlaneErrors(hu.shape)
+
+        def measure(first: int, slices: np.ndarray) -> None:
+            target = as_shown(original[first : first + len(slices)], self.window)
+            metrics.update(slices, target)
+            errors.update(slices, target, first)
+
+        result = self.reconstruct(hu, measure)
+        return result, metrics.result() | {"seam_ratio": errors.seam_ratio(result.tiling)}
 
 
 def load_model(arguments: argparse.Namespace) -> Model:
@@ -91,8 +103,13 @@ def load_model(arguments: argparse.Namespace) -> Model:
         return model
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise ConfigurationError(f"--batch_size {arguments.batch_size}: give a positive number of tiles")
+    blending = {key: getattr(arguments, key) for key in ("overlap", "weights") if getattr(arguments, key) is not None}
+    if blending and arguments.mode != "blend":
+        raise ConfigurationError(f"--{next(iter(blending))} is for blended tiles: add --mode blend, or leave it out")
+    if not 0 <= blending.get("overlap", 0) < 1:
+        raise ConfigurationError(f"--overlap {arguments.overlap}: give a share of the tile from 0 to below 1")
     tile = checked_tile(arguments.tile_size, codec)
-    return replace(model, mode=arguments.mode, tile_dhw=tile, batch=arguments.batch_size)
+    return replace(model, mode=arguments.mode, tile_dhw=tile, batch=arguments.batch_size, **blending)
 
 
 def checked_device(name: str) -> str:
@@ -127,7 +144,7 @@ def checked_tile(size: Sequence[int] | None, codec: VQCodec) -> Triple | None:
 
 
 def find_cases(data: Path) -> list[VolumeSource]:
-    """The volumes of a folder of NIfTI files or ``.b2nd`` stores, or one such file.
+    """The volumes of a folder of NIfTI files or ``.b2nd`` stores, or one such file; of both kinds the stores.
 
     Raises:
         InputError: there are none.
@@ -137,9 +154,16 @@ def find_cases(data: Path) -> list[VolumeSource]:
         return [StoreSource(data) if data.name.endswith(SUFFIX) else NiftiSource(data)]
     if not data.is_dir():
         raise InputError(f"{data}: no such file or folder: name a folder of .nii.gz files or .b2nd stores")
-    if any(data.rglob(f"*{SUFFIX}")):
-        return list(find_stores(str(data)))
-    return list(find_nifti(str(data)))
+    if not any(data.rglob(f"*{SUFFIX}")):
+        return list(find_nifti(str(data)))
+    stores = find_stores(str(data))
+    visible = [path.name.lower() for path in data.rglob("*") if not path.name.startswith(".")]
+    if others := sum(name.endswith((".nii", ".nii.gz")) for name in visible):
+        log.warning(
+            "%s: holds %d stores (%s) and %d NIfTI files, which are left out: for these name a folder without stores",
+            data, len(stores), SUFFIX, others,
+        )  # fmt: skip
+    return list(stores)
 
 
 def run_of(checkpoint: Path) -> Path:
@@ -186,7 +210,7 @@ class CaseLoop:
         self.skipped: dict[str, str] = {}
 
     def over(self, cases: Sequence[VolumeSource]) -> Iterator[tuple[VolumeSource, Volume]]:
-        """Cases with their volumes.
+        """Cases with their volumes; the voxels of a store are verified, and read when they are sliced.
 
         Raises:
             InputError: none of them could be read.
@@ -194,7 +218,7 @@ class CaseLoop:
         done = 0
         for case in cases:
             try:
-                volume = case.load()
+                volume = _open(case)
             except InputError as error:
                 log.warning("skipped %s", error)
                 self.skipped[case.name] = one_line(error)
@@ -211,33 +235,18 @@ class CaseLoop:
         return ExitCode.SKIPS if self.skipped else ExitCode.OK
 
 
+def _open(case: VolumeSource) -> Volume:
+    """A volume; that of a store with `LazyHU` in place of an array."""
+    path: Path | None = getattr(case, "store", None)
+    if path is None:
+        return case.load()
+    stored = verify_store(path)
+    return Volume(cast(np.ndarray, stored.hu), stored.affine, source=str(path))
+
+
 def as_shown(hu: np.ndarray, window: HUWindow) -> np.ndarray:
     """A volume as the codec sees it: metal and the like beyond the window are no error of a reconstruction."""
     return hu.clip(math.ceil(window.min_hu), math.floor(window.max_hu))
-
-
-def whole_volume_metrics(reconstruction_hu: np.ndarray, original_hu: np.ndarray, window: HUWindow) -> dict[str, float]:
-    """The metrics of `volume_metrics` for int16 volumes of any size: 2 bytes per voxel for each, slabs besides.
-
-    Args:
-        reconstruction_hu: int16 (D, H, W).
-        original_hu: the same shape; clipped to the window, as the codec sees it.
-        window: the HU window.
-    """
-    sums = MetricSums(len(original_hu), window)
-    low, high = math.ceil(window.min_hu), math.floor(window.max_hu)
-    # counted from the window's floor, since SSIM compares brightness
-    shifted = [np.empty(original_hu.shape, np.int16) for _ in range(2)]
-    for first in range(0, len(original_hu), _SLICES):
-        at = slice(first, first + _SLICES)
-        slabs = [np.ascontiguousarray(hu[at]) for hu in (reconstruction_hu, original_hu)]
-        reconstruction, original = (window.to_unit(torch.from_numpy(slab)) for slab in slabs)
-        sums.update(reconstruction, original, first)
-        for target, slab in zip(shifted, slabs, strict=True):
-            np.clip(slab, low, high, out=target[at])
-            target[at] -= low
-    ssim = ssim_3d(torch.from_numpy(shifted[0]), torch.from_numpy(shifted[1]), window.width_hu)
-    return sums.result() | {"ssim": ssim}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from evaluation.metrics.streamed import MetricSums
 from evaluation.panels import comparison_panel
 from patchwise_512x512x604.evaluation_set import Model
 from vq_gan_3d.checkpointing import load_checkpoint
+from vq_gan_3d.tiled_batches import computing_in
 
 
 def patch_size_of(checkpoint: Path) -> Triple:
@@ -62,7 +63,7 @@ def validate_volume(
         for _, reason in sample["skipped"]:
             raise InputError(reason)
         unit = model.window.to_unit(sample["hu"].to(device))[None]  # (1, 1, D, H, W)
-        with torch.autocast(device.type, model.precision or torch.bfloat16, enabled=model.precision is not None):
+        with computing_in(model.precision, device):
             result = model.codec(unit)
         output, target = result.volume.float().clamp(0, 1)[0, 0], unit[0, 0]
         start, own = sample["start"].tolist(), sample["own"].tolist()

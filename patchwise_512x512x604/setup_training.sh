@@ -27,6 +27,7 @@ while [ $# -gt 0 ]; do
 done
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+case "$python" in */*) python="$(cd "$(dirname "$python")" 2>/dev/null && pwd)/$(basename "$python")" ;; esac
 cd "$root"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
     echo "error: $python: no Python of 3.11 or newer: install one and give --python" >&2

@@ -162,7 +162,8 @@ def fingerprint(reference: str, arguments: dict[str, Any], skip: str) -> str:
 
     Args:
         reference: ``module:function``.
-        arguments: JSON-able; folders count with all the files below them, keys ``output…`` are not looked into.
+        arguments: JSON-able; a text is a file only as an absolute path, since words such as "CT" must not depend on
+            the working directory. Folders count with all the files below them, keys ``output…`` are not looked into.
         skip: the batch's output folder, left out where it lies in a folder of inputs.
     """
     inputs = {key: value for key, value in arguments.items() if not key.startswith("output")}
@@ -185,7 +186,7 @@ def _strings(value: Any) -> Iterator[str]:
 def _states(text: str, skip: str) -> Iterator[tuple[str, int, int]]:
     """(path, size in bytes, time of change in ns) of a file, of all files of a folder, of nothing for other words."""
     try:
-        if not os.path.exists(text):
+        if not os.path.isabs(text) or not os.path.exists(text):
             return
         if not os.path.isdir(text):
             status = os.stat(text)

@@ -5,7 +5,8 @@ python preprocess/build_store.py --input data/nifti --output data/baseline --gri
 
 `--grid native` (the default) keeps the scanner's grid, for training on patches. A size W×H×D resamples the whole field
 of view, nothing is cropped. The tree of folders is kept, `a/b.nii.gz` becomes `a/b.b2nd`. A store that is already there
-and was made from the same bytes in the same way is checked and kept; anything else of that name needs --overwrite.
+and was made from the same bytes in the same way is checked and kept; anything else of that name needs --overwrite. A
+volume without a voxel of air is hardly in HU and refused; --allow-no-air takes it for a crop of tissue.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.atomic import make_folder
-from dataset.pairs_case import sidecar_path
+from dataset.pairs_case import SIDECAR_FORMAT, sidecar_path
 from dataset.verification import NIFTI_SUFFIXES, STORE_SUFFIX
 from errors import InputError, run_command
 from preprocess.batch import Job, add_batch_arguments, run_as_asked, summarise
@@ -31,13 +32,19 @@ from preprocess.volume_tree import named_volumes
 log = logging.getLogger(__name__)
 REPORT_NAME = "build_store.json"
 # Part of every store: raise it when the same file and grid give another store, and `--resume` builds it again.
-BUILDER_VERSION = 2
+BUILDER_VERSION = 3
 _SIDECAR_BYTES = 1 << 20
 _MAX_SIZE = 4096
 
 
 def build_one(
-    source: str, sidecar: str | None, output: str, grid: list[int] | None, overwrite: bool, version: int
+    source: str,
+    sidecar: str | None,
+    output: str,
+    grid: list[int] | None,
+    overwrite: bool,
+    allow_no_air: bool,
+    version: int,
 ) -> dict[str, Any]:
     """Make one store.
 
@@ -47,19 +54,20 @@ def build_one(
         output: the store.
         grid: new size [D, H, W], or None for the file's own grid.
         overwrite: replace a store of this name that was made from something else.
+        allow_no_air: take a volume without a voxel of air.
         version: `BUILDER_VERSION`.
 
     Returns:
         A record for the batch: what the store holds.
 
     Raises:
-        InputError: the source or its sidecar is damaged, or another store has this name.
+        InputError: the source or its sidecar is damaged, it holds no air, or another store has this name.
         StorageError: the disk refuses.
     """
     from dataset.body import body_metadata
     from dataset.geometry import resample_to_size
     from dataset.store import open_store, write_store
-    from dataset.volume_io import Volume, read_nifti, to_int16_hu
+    from dataset.volume_io import AIR_HU, Volume, holds_air, read_nifti, to_int16_hu
 
     path, target = Path(source), Path(output)
     facts = read_sidecar(Path(sidecar)) if sidecar else {}
@@ -70,11 +78,19 @@ def build_one(
             raise InputError(f"{sidecar}: says shape {facts['shape_dhw']}, {path.name} has {list(volume.hu.shape)}: "
                              "it belongs to another volume, remove it or convert again")  # fmt: skip
         hu, affine = volume.hu, volume.affine
+        if not allow_no_air and not holds_air(hu):
+            raise InputError(f"{path}: no voxel is below {AIR_HU} HU, so it is not in HU: convert it again, or give "
+                             "--allow-no-air if it is a crop of tissue")  # fmt: skip
         if grid is not None:
             resampled, affine = resample_to_size(hu, affine, grid)
             hu, _, _ = to_int16_hu(resampled)
         make_folder(target.parent)
-        metadata = {**wanted, "clipped_voxels": volume.clipped, "body": body_metadata(hu, affine)}
+        metadata = {
+            **wanted,
+            "rounded_voxels": volume.rounded,
+            "clipped_voxels": volume.clipped,
+            "body": body_metadata(hu, affine),
+        }
         write_store(target, Volume(hu, affine, source=source), metadata)
     store = open_store(target)
     return {
@@ -113,12 +129,13 @@ def is_there(target: Path, wanted: dict[str, Any]) -> bool:
 def read_sidecar(path: Path) -> dict[str, Any]:
     """The facts that `dicom_to_nifti` wrote beside a volume; nothing from any other program's JSON.
 
-    Only ours is known to hold no name of a patient (dcm2niix writes PatientName), so only ours goes into stores.
+    Only ours is known to hold no name of a patient (dcm2niix writes PatientName), so only ours goes into stores, and of
+    ours only what the conversion writes: whatever else somebody added may name the patient as well.
 
     Raises:
         InputError: it cannot be read, or is not JSON.
     """
-    from preprocess.dicom_sidecar import FORMAT
+    from preprocess.dicom_sidecar import FIELDS
 
     try:
         with open(path, "rb") as handle:
@@ -126,10 +143,12 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         content = json.loads(text) if len(text) <= _SIDECAR_BYTES else {}
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: no readable JSON ({error}): convert the series again, or remove it") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT or "shape_dhw" not in content:
+    if not isinstance(content, dict) or content.get("format") != SIDECAR_FORMAT or "shape_dhw" not in content:
         log.warning("%s: not written by dicom_to_nifti, left out: it may name the patient", path)
         return {}
-    return content
+    if foreign := len(content.keys() - FIELDS):
+        log.warning("%s: %d fields not of dicom_to_nifti, left out: they may name the patient", path, foreign)
+    return {key: value for key, value in content.items() if key in FIELDS}
 
 
 def _origin(path: Path) -> dict[str, Any]:
@@ -157,6 +176,7 @@ def make_jobs(arguments: argparse.Namespace) -> list[Job]:
             "output": str(arguments.output / f"{name}{STORE_SUFFIX}"),
             "grid": arguments.grid,
             "overwrite": arguments.overwrite,
+            "allow_no_air": arguments.allow_no_air,
             "version": BUILDER_VERSION,
         }
         jobs.append(Job(name, details))
@@ -184,6 +204,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_batch_arguments(parser)
     parser.add_argument("--grid", type=parse_grid, default="native", help="native (default) or a size W×H×D")
+    parser.add_argument("--allow-no-air", action="store_true", help="take crops of tissue, without a voxel of air")
     parser.add_argument("--overwrite", action="store_true", help="replace stores that were made from something else")
     return parser.parse_args()
 

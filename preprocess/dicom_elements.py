@@ -13,6 +13,7 @@ from typing import Any
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
+from pydicom.sequence import Sequence
 from pydicom.tag import BaseTag, Tag
 
 from errors import InputError
@@ -22,6 +23,7 @@ IMAGE_TYPE, SOP_CLASS, MODALITY = Tag(0x0008, 0x0008), Tag(0x0008, 0x0016), Tag(
 MANUFACTURER = Tag(0x0008, 0x0070)
 PATIENT_ID, STUDY_UID, SERIES_UID = Tag(0x0010, 0x0020), Tag(0x0020, 0x000D), Tag(0x0020, 0x000E)
 CONTRAST, THICKNESS, KVP, KERNEL = Tag(0x0018, 0x0010), Tag(0x0018, 0x0050), Tag(0x0018, 0x0060), Tag(0x0018, 0x1210)
+CONTRAST_AGENTS, CODE_MEANING = Tag(0x0018, 0x0012), Tag(0x0008, 0x0104)
 INSTANCE, POSITION, ORIENTATION = Tag(0x0020, 0x0013), Tag(0x0020, 0x0032), Tag(0x0020, 0x0037)
 FRAME_OF_REFERENCE, IMAGES_IN_ACQUISITION = Tag(0x0020, 0x0052), Tag(0x0020, 0x1002)
 SAMPLES, PHOTOMETRIC, FRAMES = Tag(0x0028, 0x0002), Tag(0x0028, 0x0004), Tag(0x0028, 0x0008)
@@ -30,8 +32,7 @@ BITS_ALLOCATED, BITS_STORED, HIGH_BIT = Tag(0x0028, 0x0100), Tag(0x0028, 0x0101)
 PIXEL_REPRESENTATION, PADDING, PADDING_LIMIT = Tag(0x0028, 0x0103), Tag(0x0028, 0x0120), Tag(0x0028, 0x0121)
 INTERCEPT, SLOPE, RESCALE_TYPE = Tag(0x0028, 0x1052), Tag(0x0028, 0x1053), Tag(0x0028, 0x1054)
 LOSSY = Tag(0x0028, 0x2110)
-# series, study and protocol description, image comments, body part: where "swapped" or "scout" may be written
-DESCRIPTIONS = (Tag(0x0008, 0x103E), Tag(0x0008, 0x1030), Tag(0x0018, 0x1030), Tag(0x0020, 0x4000))
+SERIES_DESCRIPTION = Tag(0x0008, 0x103E)
 # accession number, patient's name, ID, birth date, other IDs, study ID: none may show through a file name
 IDENTIFIERS = (
     Tag(0x0008, 0x0050), Tag(0x0010, 0x0010), PATIENT_ID, Tag(0x0010, 0x0030), Tag(0x0010, 0x1000), Tag(0x0020, 0x0010),
@@ -130,6 +131,16 @@ def padding(dataset: Dataset, is_signed: bool, bits_allocated: int) -> tuple[int
         _as_stored(value, is_signed, bits_allocated) for value in (first, first if limit is None else limit)
     )
     return low, high
+
+
+def contrast_agent(dataset: Dataset) -> str:
+    """The contrast agent, as text or by its code (enhanced objects have a sequence); empty where none is named."""
+    if named := text(dataset, CONTRAST):
+        return named
+    items = dataset[CONTRAST_AGENTS].value if CONTRAST_AGENTS in dataset else None
+    if not isinstance(items, Sequence):
+        return ""
+    return next((text(item, CODE_MEANING) or "coded" for item in items), "")
 
 
 def functional_groups(dataset: Dataset, frames: int) -> list[Dataset] | None:

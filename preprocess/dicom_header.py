@@ -70,7 +70,7 @@ class Pixels:
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """How a series was made; ``text`` (descriptions) serves the exclusion rule alone and never leaves the program."""
+    """How a series was made; ``text`` (its description) serves the exclusion rule and never leaves the program."""
 
     modality: str
     kvp: float | None
@@ -230,9 +230,9 @@ def _frames(dataset: Dataset, pixels: Pixels, issue: str) -> list[Slice]:
         kvp=element.number(dataset, element.KVP),
         kernel=element.text(dataset, element.KERNEL),
         manufacturer=element.text(dataset, element.MANUFACTURER),
-        contrast=element.text(dataset, element.CONTRAST),
+        contrast=element.contrast_agent(dataset),
         lossy=element.text(dataset, element.LOSSY) == "01",
-        text=" ".join(element.text(dataset, tag) for tag in element.DESCRIPTIONS),
+        text=element.text(dataset, element.SERIES_DESCRIPTION),
     )
     common = (
         element.text(dataset, element.PATIENT_ID),

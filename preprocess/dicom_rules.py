@@ -18,7 +18,7 @@ from preprocess.dicom_elements import token
 from preprocess.dicom_header import Slice
 
 CONTRAST_CHOICES = ("require", "prefer", "any", "exclude")
-_NO_CONTRAST = re.compile(r"^(|none|no|n|0|without.*|w/o.*|non[- ]?contrast|unenhanced|-+)$", re.IGNORECASE)
+_NO_CONTRAST = re.compile(r"^(none|no|n|0|without.*|w/o.*|non[- ]?contrast|unenhanced|-+)$", re.IGNORECASE)
 
 
 @dataclass
@@ -31,7 +31,9 @@ class SeriesRules:
         min_slices: fewer are a scout, a slab or a fragment.
         max_thickness_mm: of slices, and of the distance between them.
         contrast: require, prefer, any or exclude a contrast agent in the header.
-        exclude_words: a series is left out when its image type or a description holds one of them, in any case.
+        exclude_words: a series is left out when its own description or image type holds one of them, in any case.
+            Words that ordinary scans bear ("low dose", "bolus tracking") are none; monitoring slices lie at one
+            position and are no stack.
         exclude_kernels: regular expressions; a series whose kernel matches one is left out.
         prefer_kernels: regular expressions, the best first; the default asks for soft tissue, then for a medium kernel.
         allow_partial: take a series although the header says that its ends are missing.
@@ -45,7 +47,7 @@ class SeriesRules:
     exclude_words: list[str] = field(
         default_factory=lambda: [
             "localizer", "scout", "topogram", "surview", "scanogram", "swapped", "perfusion", "mip", "minip", "vrt",
-            "dose", "screen save", "smartprep", "bolus tracking", "premonitoring", "test bolus",
+            "dose report", "screen save", "smartprep", "premonitoring", "test bolus",
         ]
     )  # fmt: skip
     exclude_kernels: list[str] = field(default_factory=list)
@@ -91,9 +93,9 @@ def load_rules(path: Path | None, **changes: Any) -> SeriesRules:
     return rules
 
 
-def has_contrast(frame: Slice) -> bool:
-    """Whether the header names a contrast agent."""
-    return _NO_CONTRAST.match(frame.scan.contrast) is None
+def has_contrast(frame: Slice) -> bool | None:
+    """Whether the header names a contrast agent; None where it says nothing, not even that there was none."""
+    return _NO_CONTRAST.match(frame.scan.contrast) is None if frame.scan.contrast else None
 
 
 def objections(frames: Sequence[Slice], rules: SeriesRules) -> list[str]:

@@ -14,14 +14,15 @@ import numpy as np
 from scipy import ndimage
 
 from dataset.geometry import to_standard
-from dataset.volume_io import MAX_VOXELS, Volume, to_int16_hu
+from dataset.volume_io import AIR_HU, MAX_VOXELS, Volume, holds_air, to_int16_hu
 from errors import InputError
 from preprocess.dicom_header import Slice
 from preprocess.dicom_pixels import HU_FLOOR, PixelCounts, read_stored, to_hu
 from preprocess.dicom_stack import Stack, as_orthogonal, build_stack, without_localizers
 
-# A CT volume holds air; one whose lowest voxel is above this has lost its rescale intercept.
-_AIR_HU = -300
+# So many voxels of a chest are soft tissue, within this of water: a quarter at least of the real ones at hand. Where an
+# intercept was applied twice, only the densest bone gets there.
+_SOFT_TISSUE_HU, _LEAST_SOFT_TISSUE = 200, 0.01
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,7 @@ def read_series(frames: Sequence[Slice], *, resample_tilt: bool = False, allow_p
     counts = PixelCounts()
     for index, frame in enumerate(stack.slices):
         to_hu(read_stored(frame), frame, hu[index], counts)
-    lowest = int(hu[:: max(1, len(hu) // 8)].min())
-    if lowest > _AIR_HU and int(hu.min()) > _AIR_HU:
-        raise InputError(f"{stack.slices[0].label}: no voxel is below {_AIR_HU} HU, there is no air: not in HU")
+    _require_hu(hu, stack.slices[0].label)
     tilt_deg = 0.0
     if stack.is_tilted:
         tilt_deg = stack.tilt_deg
@@ -81,6 +80,22 @@ def read_series(frames: Sequence[Slice], *, resample_tilt: bool = False, allow_p
     # (slice, row, column) is the file array (column, row, slice) transposed; no copy is made
     standard, affine = to_standard(hu.transpose(2, 1, 0), stack.affine)
     return Series(Volume(standard, affine), stack, counts, tilt_deg, localizers)
+
+
+def _require_hu(hu: np.ndarray, label: str) -> None:
+    """Refuse voxels without air, whose intercept was lost, or without soft tissue; a few slices mostly tell."""
+    few = hu[:: max(1, len(hu) // 8)]
+    if not holds_air(few) and not holds_air(hu):
+        raise InputError(f"{label}: no voxel is below {AIR_HU} HU, there is no air: not in HU")
+    if _soft_tissue(few) < _LEAST_SOFT_TISSUE and _soft_tissue(hu) < _LEAST_SOFT_TISSUE:
+        raise InputError(
+            f"{label}: less than {_LEAST_SOFT_TISSUE:.0%} of the voxels lie within {_SOFT_TISSUE_HU} HU of water: "
+            "there is no soft tissue, the intercept may have been applied twice"
+        )
+
+
+def _soft_tissue(hu: np.ndarray) -> float:
+    return float(np.count_nonzero((hu > -_SOFT_TISSUE_HU) & (hu < _SOFT_TISSUE_HU))) / hu.size
 
 
 def _same_pixels(one: Slice, other: Slice) -> bool:

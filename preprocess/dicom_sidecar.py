@@ -1,7 +1,7 @@
 """The JSON beside a volume: a white list of technical facts, no text that anybody typed in.
 
-Manufacturers come from a list, kernels are short technical tokens, the contrast agent is a yes or no; patient, study
-and series are keyed hashes.
+Manufacturers come from a list, kernels are short technical tokens, the contrast agent is yes, no or null (the header
+does not say); patient, study and series are keyed hashes.
 """
 
 from __future__ import annotations
@@ -11,12 +11,20 @@ from typing import Any
 
 from pydicom.uid import UID
 
+from dataset.pairs_case import SIDECAR_FORMAT
 from dataset.volume_io import WriteReport
 from preprocess.dicom_elements import token
 from preprocess.dicom_rules import has_contrast
 from preprocess.dicom_series import Series
 
-FORMAT = 1
+# Every field that `sidecar` writes: nothing else is taken over from a file of this format.
+FIELDS = frozenset({
+    "format", "patient", "study", "series", "modality", "shape_dhw", "spacing_dhw_mm", "affine_ras_mm", "rows",
+    "columns", "slice_thickness_mm", "slice_gap_mm", "largest_slice_offset_mm", "kvp", "kernel", "manufacturer",
+    "contrast", "image_type", "transfer_syntax", "lossy", "tilt_resampled_deg", "slices", "duplicates_dropped",
+    "localizers_dropped", "voxels_padded", "voxels_rounded", "voxels_clipped", "voxels_padding_in_tissue_kept", "notes",
+})  # fmt: skip
+NO_PATIENT_NOTE = "no PatientID in the header: this study counts as a patient of its own"
 # a word of the header -> the name that is shown
 _MANUFACTURERS = {
     "ge ": "GE", "ge healthcare": "GE", "siemens": "Siemens", "philips": "Philips", "toshiba": "Toshiba",
@@ -60,7 +68,7 @@ def sidecar(series: Series, names: dict[str, str], written: WriteReport) -> dict
     scan = first.scan
     kinds = ("ORIGINAL", "DERIVED", "PRIMARY", "SECONDARY", "AXIAL", "VOLUME", "REFORMATTED")
     return {
-        "format": FORMAT,
+        "format": SIDECAR_FORMAT,
         **names,
         "modality": token(scan.modality, 4),
         "shape_dhw": list(volume.hu.shape),
@@ -86,5 +94,5 @@ def sidecar(series: Series, names: dict[str, str], written: WriteReport) -> dict
         "voxels_rounded": counts.rounded + written.rounded,
         "voxels_clipped": counts.clipped + written.clipped,
         "voxels_padding_in_tissue_kept": counts.tissue_padding,
-        "notes": list(stack.notes),
+        "notes": [*stack.notes, *([] if first.patient else [NO_PATIENT_NOTE])],
     }

@@ -18,6 +18,7 @@ from preprocess.dicom_index import identify
 from preprocess.dicom_rules import SeriesRules, objections, preference
 from preprocess.dicom_series import Series, read_series
 from preprocess.dicom_sidecar import sidecar
+from preprocess.dicom_stack import build_stack, without_localizers
 
 _REASONS_SHOWN = 3
 
@@ -62,12 +63,13 @@ def convert_study(
         if not frames:
             rejected.append({"series": hash_name, "slices": 0, "reasons": damaged[uid]})
             continue
-        reasons = objections(frames, choice) + damaged.get(uid, [])
+        slices, _ = without_localizers(frames)  # the first file may be a scout, which tells nothing of the volume
+        reasons = objections(slices, choice) + damaged.get(uid, [])
         if reasons:
-            reasons += _geometry_objection(frames, choice)
+            reasons += _geometry_objection(slices, choice)
             rejected.append({"series": hash_name, "slices": len(frames), "reasons": reasons})
         else:
-            candidates.append((preference(frames, choice), hash_name, frames))
+            candidates.append((preference(slices, choice), hash_name, frames))
     chosen: list[dict[str, Any]] = []
     outputs: list[str] = []
     for _, hash_name, frames in sorted(candidates, key=lambda candidate: candidate[:2]):
@@ -125,12 +127,10 @@ def _by_series(files: Sequence[str]) -> tuple[dict[str, list[Slice]], dict[str, 
 
 def _geometry_objection(frames: list[Slice], rules: SeriesRules) -> list[str]:
     """What else is wrong with a series that the rules refuse: one reading of the report should say it all."""
-    from preprocess.dicom_stack import build_stack, without_localizers
-
     if frames[0].scan.modality != rules.modality or len(frames) < 2:
         return []
     try:
-        stack = build_stack(without_localizers(frames)[0], lambda one, other: True, allow_partial=rules.allow_partial)
+        stack = build_stack(frames, lambda one, other: True, allow_partial=rules.allow_partial)
     except InputError as error:
         return [str(error)]
     return [f"the gantry was tilted by {stack.tilt_deg:.1f}°"] if stack.is_tilted else []

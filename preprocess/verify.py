@@ -1,4 +1,4 @@
-"""Check every NIfTI file and store below a folder: header, shape, affine, finite voxels, checksums.
+"""Check every NIfTI file and store below a folder: header, shape, affine, finite voxels, air, checksums.
 
 python preprocess/verify.py --input data/stores
 
@@ -15,6 +15,7 @@ import logging
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from dataset.atomic import atomic_write, make_folder
@@ -54,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=absolute_path, help="folder for the table as bad_files.csv (default: printed)")
     parser.add_argument("--cache", type=absolute_path, help="JSON file that remembers good files (default: the user's)")
     parser.add_argument("--threads", type=int, default=2, help="files checked at the same time (default: 2)")
+    parser.add_argument("--allow-no-air", action="store_true", help="take crops of tissue, without a voxel of air")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args()
 
@@ -70,7 +72,11 @@ def main(arguments: argparse.Namespace) -> int:
         cache = default_cache() / CACHE_NAME
     begin = time.monotonic()
     paths = find_volumes(arguments.input)
-    bad = verify_files(paths, cache, threads=arguments.threads)
+    bad = [
+        replace(entry, reason=f"{entry.reason}, or give --allow-no-air") if entry.without_air else entry
+        for entry in verify_files(paths, cache, threads=arguments.threads)
+        if not (entry.without_air and arguments.allow_no_air)
+    ]
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(map(kind_of, paths)).items()))
     if arguments.output:
         print(f"table: {write_table(arguments.output, bad)}")

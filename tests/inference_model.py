@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.ddpm.tiny import tiny_codec
 from vq_gan_3d.latents import LatentStatistics
 
 SPACING_MM = (4.0, 3.0, 2.0)
+Run = Callable[..., "subprocess.CompletedProcess[str]"]  # fixture `run` of `tests.inference_command`
 
 
 def moved_network(**changes: Any) -> LatentDiffusion:
@@ -60,3 +62,8 @@ def places(meta: Any, where: Sequence[str | int] = ()) -> list[tuple[str | int, 
     """Every place in nested containers."""
     items = meta.items() if isinstance(meta, dict) else enumerate(meta) if isinstance(meta, list) else ()
     return [spot for key, value in items for spot in [(*where, key), *places(value, (*where, key))]]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

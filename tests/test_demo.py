@@ -22,7 +22,9 @@ from dataset.phantom import make_phantom
 from dataset.volume_io import Volume, write_nifti
 from demo import Plan, stages
 from errors import InputError
+from evaluation.metrics.anatomy import measure
 from tests.helpers import ROOT, assert_one_line_error, environment, kill, last_line, wait_for
+from vqgan_inference import XRay2CTPA, load_xray
 
 # a whole pipeline is one test's set-up; other tests may share the cores
 pytestmark = pytest.mark.timeout(1500)
@@ -122,6 +124,14 @@ def test_everything_a_reader_looks_for_is_there(finished: tuple[Demo, str]) -> N
             assert np.asarray(picture).std() > 5
     html = (place.out / "report.html").read_text()
     assert "<html" in html.lower()
+    card = (place.out / "final_model.md").read_text()
+    for row in (
+        "| patients of the training | 4 |",
+        "| patients held out from it | 2 |",
+        "phantoms, volumes of 32x32x16",
+    ):
+        assert row in card
+    assert "out/codec/sample_reconstructions" in stdout
     assert "report:   out/report.html" in stdout
     for stage in (place.out / "stages").glob("*.json"):
         assert json.loads(stage.read_text())["cpu_s"] > 0
@@ -228,3 +238,53 @@ def test_the_data_decide_where_the_pipeline_begins(tmp_path: Path) -> None:
     assert str(tmp_path / "nifti/patients.csv") in pairs.arguments
     with pytest.raises(InputError, match="no such folder"):
         names(tmp_path / "gone")
+
+
+def test_radiographs_outside_the_data_count_as_inputs(tmp_path: Path) -> None:
+    """Those that a table of patients names, and those that the links of held-out ones lead to."""
+    data, outside, held_out = tmp_path / "nifti", tmp_path / "pictures/a.png", tmp_path / "out/held_out_xrays"
+    for folder in (data, outside.parent, held_out):
+        folder.mkdir(parents=True)
+    for path in (data / "a.nii.gz", outside, tmp_path / "out/final_model.ckpt"):
+        path.write_text("one")
+    (data / "patients.csv").write_text("patient,xray\na,../pictures/a.png\nb,\n")
+    (held_out / "a.png").symlink_to(outside)
+    plan = Plan(tmp_path / "out", data, 4, 2, "64x64x32", 2)
+
+    def keys() -> dict[str, str]:
+        return {stage.name: stage.key for stage in [*demo.preparation(plan), *demo.judgement(plan)]}
+
+    before = keys()
+    outside.write_text("another")
+    after = keys()
+    assert {name for name in after if after[name] != before[name]} == {"pairs", "inference"}
+    (data / "patients.csv").write_text("no table")
+    assert keys()  # the stage says what is wrong
+
+
+def test_figures_that_are_no_numbers_miss_their_thresholds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan(tmp_path, None, 4, 2, "64x64x32", 2)
+    nothing = {"estimate": None, "low": None, "high": None, "n": 0}
+    for name, content in (
+        ("codec/sample_reconstructions/metrics.json", {"mean": {"psnr_db": None}}),
+        ("evaluation/report.json", {"summary": {"gains": {"shuffled": {"psnr_body_db": nothing}}}}),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(json.dumps(content))
+    assert not demo.verdict(plan, 20.0, None)
+    assert not demo.verdict(plan, None, 0.0)
+    assert "nan" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_volumes_from_the_bundle_are_chests_of_their_radiographs(finished: tuple[Demo, str]) -> None:
+    """Two radiographs give two volumes, one seed the same one, and lungs take a share of the body that lungs take."""
+    place, _ = finished
+    model = XRay2CTPA.load_checkpoint(place.out / "final_model.ckpt", "cpu")
+    first, second = sorted((place.out / "held_out_xrays").glob("*.png"))[:2]
+    volumes = [model.generate(load_xray(path), steps=2, seed=5) for path in (first, second)]
+    assert not np.array_equal(volumes[0].hu, volumes[1].hu)
+    assert np.array_equal(model.generate(load_xray(first), steps=2, seed=5).hu, volumes[0].hu)
+    for volume in volumes:
+        sizes = measure(volume.hu, volume.affine)
+        assert 0.05 < sizes["lung_ml"] / sizes["body_ml"] < 0.7

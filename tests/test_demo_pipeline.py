@@ -217,3 +217,18 @@ def test_a_command_that_outlives_a_killed_runner_is_waited_for(workshop: Worksho
     assert second.returncode == 0
     assert workshop.calls == ["sleep", ""]
     first.communicate()
+
+
+def test_results_of_other_data_are_never_removed_in_silence(workshop: Workshop) -> None:
+    def run(data: str) -> None:
+        pipeline = Pipeline(workshop.output)
+        with pipeline.claimed():
+            pipeline.belongs_to(data)
+            pipeline.run(workshop.stage(data))
+
+    run("/hospital/a")
+    run("/hospital/a")
+    with pytest.raises(ConfigurationError, match=r"results of /hospital/a, not of /hospital/b: give another --output"):
+        run("/hospital/b")
+    assert workshop.calls == ["/hospital/a"]
+    assert workshop.target.exists()

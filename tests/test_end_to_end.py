@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.memory import peak_rss_of
+from benchmarks.vqgan import prepare_peak
 from tests.helpers import BASELINE, PATCHWISE, REAL_DATA, ROOT, environment, last_line, run
 from vq_gan_3d.checkpointing import load_checkpoint
 
@@ -109,6 +111,13 @@ def test_compiled_training_writes_the_same_kind_of_checkpoint(tmp_path: Path) ->
     assert compiled["state_dict"].keys() == plain["state_dict"].keys()
     name = "codec.decoder.head.weight"
     assert not compiled["current_model_state"][name].equal(compiled["state_dict"][name])  # trained, so off its average
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_a_training_step_takes_at_most_500_bytes_per_voxel() -> None:
+    """At 128³ in bf16 with block checkpointing, above weights, gradients and optimizer state."""
+    assert 50 < peak_rss_of(prepare_peak, "cpu", 1, 128, 128, 128) / 128**3 <= 500
 
 
 @pytest.mark.slow

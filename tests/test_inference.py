@@ -77,6 +77,20 @@ def test_the_same_arguments_give_the_same_volume_and_each_of_them_counts(model: 
         keys.add(changed.key)
 
 
+def test_generate_moves_the_model_where_it_is_told(
+    model: XRay2CTPA, xrays: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    xray, moved = load_xray(xrays[0]), []
+    expected = model.generate(xray, **QUICK)
+    for part in (model.bundle.network, model.bundle.codec):
+        real = part.to
+        monkeypatch.setattr(part, "to", lambda device, real=real: moved.append(str(device)) or real(device))
+    assert np.array_equal(model.generate(xray, device="cpu", **QUICK).samples_hu, expected.samples_hu)
+    assert moved == ["cpu", "cpu"]
+    with pytest.raises(ConfigurationError, match="cuda:99"):
+        model.generate(xray, device="cuda:99", **QUICK)
+
+
 def test_provenance_is_plain_and_names_nobody(several: CTPAVolume, xrays: list[Path]) -> None:
     text = json.dumps(several.provenance)
     assert json.loads(text) == several.provenance
@@ -173,6 +187,9 @@ def test_a_dicom_series_reads_back_the_same_and_says_what_it_is(several: CTPAVol
 
 
 def test_preprocessing_reads_the_series(several: CTPAVolume, tmp_path: Path) -> None:
+    # nobody trained this model: without soft tissue preprocessing takes no volume for a CT
+    several = replace(several, samples_hu=several.samples_hu.copy())
+    several.samples_hu[:, :, 4:12, 4:12] = 40.0
     several.save_dicom(tmp_path / "series")
     convert(tmp_path / "series", tmp_path / "nifti", "--min-slices", "8", "--max-thickness", "20")
     (path,) = (tmp_path / "nifti").rglob("*.nii.gz")
@@ -352,6 +369,21 @@ def test_t43_out_of_memory_halves_the_batch_with_the_same_output(
     monkeypatch.setattr(network, "sample", nothing)
     with pytest.raises(MemoryExhaustedError, match="no memory for one volume"):
         list(draw(model.bundle, patients, request))
+
+
+def test_t43_a_device_without_room_for_the_model_is_told(
+    model: XRay2CTPA, xrays: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = small_bundle(tmp_path / "final_model.ckpt")
+
+    def full(self, *_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(type(model.bundle.network), "to", full)
+    with pytest.raises(MemoryExhaustedError, match="cpu: no memory for the model"):
+        model.generate(load_xray(xrays[0]), device="cpu", **QUICK)
+    with pytest.raises(MemoryExhaustedError, match="cpu: no memory for the model"):
+        XRay2CTPA.load_checkpoint(path, "cpu")
 
 
 def test_t43_the_decoder_takes_smaller_tiles_before_it_gives_up(

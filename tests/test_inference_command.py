@@ -9,50 +9,19 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, PngImagePlugin
 
 from dataset.volume_io import read_nifti
-from errors import ExitCode, run_command
 from tests.dataset.xray_factory import eight_bit, radiograph, save_dicom, save_picture
 from tests.helpers import ROOT, assert_one_line_error, environment
-from tests.inference_model import forged, small_bundle
-from vqgan_inference import XRay2CTPA, load_xray, main, parse_arguments
+from tests.inference_model import Run, contents, forged
+from vqgan_inference import XRay2CTPA, load_xray
 
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
-SCRIPT = str(ROOT / "vqgan_inference.py")
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    return small_bundle(tmp_path_factory.mktemp("bundle") / "final_model.ckpt")
-
-
-@pytest.fixture
-def run(bundle: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
-    """The command in this process, with two steps on the CPU."""
-
-    def call(
-        xray: Path, *options: str, check: int = 0, output: str = "out", checkpoint: Path = bundle
-    ) -> subprocess.CompletedProcess[str]:
-        argv = ["--checkpoint", str(checkpoint), "--xray", str(xray), "--output", str(tmp_path / output)]
-        capfd.readouterr()
-        code = run_command(lambda: main(parse_arguments([*argv, "--steps", "2", "--device", "cpu", *options])))
-        out, err = capfd.readouterr()
-        assert code == check, f"exit {code}\n{out}\n{err}"
-        return subprocess.CompletedProcess(argv, code, out, err)
-
-    return call
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+pytest_plugins = ["tests.inference_command"]
 
 
 def test_a_file_gives_what_the_api_gives(run: Run, bundle: Path, tmp_path: Path) -> None:
@@ -73,46 +42,6 @@ def test_a_file_gives_what_the_api_gives(run: Run, bundle: Path, tmp_path: Path)
         assert hashlib.sha256((out / entry).read_bytes()).hexdigest() == checksum
 
 
-def test_a_run_goes_on_where_it_stopped(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, out = tmp_path / "x", tmp_path / "out"
-    (folder / "sub").mkdir(parents=True)
-    for name, turn in (("a.png", 0), ("sub/b.png", 1), ("c.png", 2)):
-        Image.fromarray(np.rot90(radiograph(), turn).copy()).save(folder / name)
-    (folder / "notes.txt").write_text("not a radiograph")
-    (folder / ".hidden.png").write_bytes(b"")
-    run(folder, output="whole")
-    expected = contents(tmp_path / "whole")
-    assert {name for name in expected if name.endswith(".gz")} == {"a.nii.gz", "c.nii.gz", "sub-b.nii.gz"}
-
-    from ddpm.ctpa_volume import CTPAVolume
-
-    real, calls = CTPAVolume.save_nifti, []
-
-    def killed(self, path):
-        calls.append(path)
-        if len(calls) == 2:
-            Path(path).write_bytes(b"half")
-            raise KeyboardInterrupt
-        return real(self, path)
-
-    monkeypatch.setattr(CTPAVolume, "save_nifti", killed)
-    run(folder, check=ExitCode.SIGINT)
-    monkeypatch.setattr(CTPAVolume, "save_nifti", real)
-    before = (out / "a.nii.gz").stat().st_mtime_ns
-    result = run(folder)
-    assert result.stdout.count("there already") == 1
-    assert contents(out) == expected
-    assert (out / "a.nii.gz").stat().st_mtime_ns == before
-    # a damaged result is made again, and one that gains a picture
-    (out / "c.nii.gz").write_bytes(b"damaged")
-    assert run(folder).stdout.count("there already") == 2
-    assert contents(out) == expected
-    run(folder / "a.png", "--png")
-    assert {name: content for name, content in contents(out).items() if "a_panel" not in name
-            and "a.prov" not in name}.items() <= expected.items()  # fmt: skip
-    assert (out / "a_panel.png").is_file()
-
-
 def test_batches_and_order_do_not_show(run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "x"
     folder.mkdir()
@@ -123,30 +52,6 @@ def test_batches_and_order_do_not_show(run: Run, tmp_path: Path) -> None:
     for number in range(3):
         one, five = (read_nifti(tmp_path / name / f"{number}.nii.gz").hu.astype(int) for name in ("one", "five"))
         assert (np.abs(one - five) <= 1).mean() > 0.98  # kernels may sum in another order, and FSQ rounds
-
-
-def test_another_result_is_never_overwritten_in_silence(run: Run, tmp_path: Path) -> None:
-    picture, out = save_picture(tmp_path / "p.png", "L"), tmp_path / "out"
-    run(picture, "--samples", "2", "--dicom")
-    before = contents(out)
-    for options, word in ((["--seed", "1"], "seed"), (["--guidance", "2"], "guidance"), (["--steps", "3"], "steps")):
-        options = ["--samples", "2", *options]
-        assert_one_line_error(run(picture, *options, check=2), "of another", word, "--overwrite")
-    assert contents(out) == before
-    # another picture under the same name
-    Image.fromarray(eight_bit()[::-1].copy()).save(picture)
-    assert_one_line_error(run(picture, "--samples", "2", check=3), "p.nii.gz", "xrays", "--overwrite")
-    assert contents(out) == before
-    run(picture, "--seed", "1", "--dicom", "--overwrite")
-    after = contents(out)
-    assert "p_sample_2.nii.gz" not in after  # of the old result
-    assert after["p.nii.gz"] != before["p.nii.gz"]
-    assert len([name for name in after if name.startswith("p_dicom/")]) == 16
-    # a file that this command did not make
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own/p.nii.gz").write_bytes(b"somebody's CT")
-    assert_one_line_error(run(picture, output="own", check=2), "p.nii.gz", "not made by this command")
-    assert (tmp_path / "own/p.nii.gz").read_bytes() == b"somebody's CT"
 
 
 def png_bomb(path: Path) -> Path:
@@ -295,23 +200,9 @@ def test_wrong_folders_and_options_are_one_line(run: Run, tmp_path: Path) -> Non
     assert_one_line_error(run(picture, "--sampler", "magic", check=2), "magic")
     assert_one_line_error(run(picture, "--batch", "0", check=2), "--batch 0")
     assert_one_line_error(run(picture, "--device", "cuda:77", check=2), "cuda:77")
-    assert_one_line_error(run(picture, "--lateral", str(tmp_path / "none"), check=2), "two files or two folders")
+    assert_one_line_error(run(picture, "--lateral", str(tmp_path / "none"), check=2), "files only, or folders only")
     assert_one_line_error(run(picture, "--lateral", str(tmp_path / "no.png"), check=3), "no.png")
     assert_one_line_error(run(picture, checkpoint=tmp_path / "no.ckpt", check=3), "no.ckpt")
-
-
-def test_lateral_views_are_found_by_name(run: Run, tmp_path: Path) -> None:
-    two = small_bundle(tmp_path / "two.ckpt", conditioner={"views": ["frontal", "lateral"]})
-    for folder in ("f", "l"):
-        (tmp_path / folder).mkdir()
-    for name in ("a", "b"):
-        save_picture(tmp_path / f"f/{name}.png", "L")
-    save_dicom(tmp_path / "l/a.dcm", radiograph().T.copy(), ViewPosition="LL", PatientOrientation=["P", "F"])
-    run(tmp_path / "f", "--lateral", str(tmp_path / "l"), checkpoint=two)
-    a, b = (json.loads((tmp_path / f"out/{name}.provenance.json").read_text())["provenance"] for name in "ab")
-    assert [entry["view"] for entry in a["xrays"]] == ["frontal", "lateral"]
-    assert [entry["view"] for entry in b["xrays"]] == ["frontal"]
-    assert not np.array_equal(*(read_nifti(tmp_path / f"out/{name}.nii.gz").hu for name in "ab"))
 
 
 THREE_LINES = """

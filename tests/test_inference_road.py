@@ -81,12 +81,14 @@ def test_the_card_takes_the_report_of_the_evaluation(bundle: Path, tmp_path: Pat
     call(*export, cwd=tmp_path)
     card = (tmp_path / "with_report.md").read_text()
     assert "| the patient's own X-ray |" in card
+    assert "| patients of the training | 4 |" in card
+    assert "| patients held out from it | 2 |" in card
     assert "phantom_0" not in card  # no case is named
 
 
 @pytest.mark.slow
-def test_the_first_line_comes_within_seconds_of_torch(bundle: Path, tmp_path: Path) -> None:
-    """Beyond importing torch itself, whose own time is measured just before and after: the machine may be busy."""
+def test_the_first_line_does_not_wait_for_torch(bundle: Path, tmp_path: Path) -> None:
+    """Which takes seconds to import; both are timed in turn, since the machine may be busy."""
     picture = save_picture(tmp_path / "a.png", "L")
 
     def seconds(*arguments: str) -> float:
@@ -101,8 +103,8 @@ def test_the_first_line_comes_within_seconds_of_torch(bundle: Path, tmp_path: Pa
     torch_alone = [sys.executable, "-c", "import torch; print(torch.__version__, flush=True)"]
     ours = [sys.executable, str(ROOT / "vqgan_inference.py"), "--checkpoint", str(bundle), "--xray", str(picture)]
     seconds(*torch_alone)  # files into the cache of the system
-    best = min(seconds(*ours, "--steps", "1", "--output", f"out{turn}") - seconds(*torch_alone) for turn in range(3))
-    assert best < 3 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    pairs = [(seconds(*ours, "--steps", "1", "--output", f"out{turn}"), seconds(*torch_alone)) for turn in range(3)]
+    assert min(first for first, _ in pairs) < min(torch for _, torch in pairs)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import Callback, WeightAveraging
 from torch import Tensor
 
 from errors import ExitCode, InputError, TerminatedError
-from vq_gan_3d.distributed import world_size
+from vq_gan_3d.distributed import gather_objects, world_size
 from vq_gan_3d.optimization import steps_of
 
 log = logging.getLogger(__name__)
@@ -40,13 +40,22 @@ class ExponentialMovingAverage(WeightAveraging):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the raw weights alone (Lightning would overwrite them)."""
 
+    def _take_buffers(self, pl_module: pl.LightningModule) -> None:
+        """Give the average the live buffers; without a step (non-finite gradients) it still has those of before."""
+        assert self._average_model is not None
+        for ours, live in zip(self._average_model.module.buffers(), pl_module.buffers(), strict=True):
+            ours.copy_(live)
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Swap in the average; its buffers, the count of steps among them, are the live ones."""
+        self._take_buffers(pl_module)
+        super().on_validation_epoch_start(trainer, pl_module)
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Store average and raw weights; buffers of the average are the live ones."""
-        assert self._average_model is not None
-        for ours, live in zip(self._average_model.module.buffers(), pl_module.buffers(), strict=True):
-            ours.copy_(live)
+        self._take_buffers(pl_module)
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
 
 
@@ -124,7 +133,7 @@ class GracefulStop(Callback):
 
 
 class SkipLedger(Callback):
-    """Keeps account of samples that could not be read and were replaced.
+    """Keeps account of samples that could not be read and were replaced, on all ranks and across restarts.
 
     Args:
         total: number of samples of the training set.
@@ -146,15 +155,47 @@ class SkipLedger(Callback):
         Raises:
             InputError: now there are too many.
         """
-        if name in self.reasons:
-            return
-        self.reasons[name] = reason
-        log.warning("skipped %s", reason)
+        self._record(name, reason)
         if len(self.reasons) > self.max_fraction * self.total:
             raise InputError(
                 f"{len(self.reasons)} of {self.total} samples cannot be read, more than dataset.max_bad_fraction="
                 f"{self.max_fraction}; the last: {reason}"
             )
+
+    def _record(self, name: str, reason: str) -> None:
+        if name not in self.reasons:
+            self.reasons[name] = reason
+            log.warning("skipped %s", reason)
+
+    def _share(self) -> None:
+        """Learn what other ranks skipped, so that the first can tell; a collective."""
+        for reasons in gather_objects(self.reasons):
+            for name, reason in reasons.items():
+                self._record(name, reason)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Store the account: a resumed run ends with what it skipped before (all ranks come here)."""
+        self._share()
+        checkpoint["skipped"] = dict(self.reasons)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on with the account."""
+        for name, reason in checkpoint.get("skipped", {}).items():
+            self._record(name, reason)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Bring together what all ranks skipped.
+
+        Raises:
+            InputError: together they are too many.
+        """
+        self._share()
+        for name, reason in self.reasons.items():
+            self.add(name, reason)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int

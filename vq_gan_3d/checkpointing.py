@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -109,13 +110,31 @@ def copy_checkpoint(source: str | Path, target: str | Path) -> None:
         shutil.copyfileobj(reader, writer, _CHUNK_BYTES)
 
 
+def all_checkpoints(folder: str | Path) -> list[Path]:
+    """Checkpoints of a run that training can go on from, by name."""
+    return sorted(path for path in Path(folder).glob("*.ckpt") if path.is_file())
+
+
+def stored_steps(path: Path) -> float:
+    """Batches that a checkpoint was trained on, read without its tensors; of a damaged one its name's, else infinity.
+
+    An infinite one is looked at first, and so is named among the rejected.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return int(content.get("current_model_state", content["state_dict"])["steps"])
+    except Exception:  # whatever torch makes of a damaged file; `verify_checkpoint` has the last word on it
+        named = re.search(r"_step_(\d+)\.ckpt$", path.name)
+        return int(named[1]) if named else float("inf")
+
+
 def newest_first(folder: str | Path) -> list[Path]:
-    """Checkpoints of a run that training can go on from, newest first."""
+    """Checkpoints of a run, newest first: by their steps, since a copy may have lost the times; then by time."""
 
-    def age(path: Path) -> tuple[float, bool]:
-        return path.stat().st_mtime, path.name == "last.ckpt"
+    def age(path: Path) -> tuple[float, float, bool]:
+        return stored_steps(path), path.stat().st_mtime, path.name == "last.ckpt"
 
-    return sorted((p for p in Path(folder).glob("*.ckpt") if p.is_file()), key=age, reverse=True)
+    return sorted(all_checkpoints(folder), key=age, reverse=True)
 
 
 def find_resumable(folder: str | Path) -> tuple[Path, list[str]]:

@@ -17,8 +17,12 @@ from errors import ConfigurationError, InputError
 from vq_gan_3d.code_norm import CodeNorm
 from vq_gan_3d.codebook import build_quantizer
 from vq_gan_3d.encoder_decoder import Decoder, Encoder, Stage, Stride
+from vq_gan_3d.fsq import SAMPLED_CELLS
 from vq_gan_3d.quantizer import Quantized
 from vq_gan_3d.settings import Settings
+
+# Over so few cells of a volume the use of more codes says nothing: most are missing however well they are used.
+MAX_ENTROPY_CODES = 4 * SAMPLED_CELLS
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class CodecConfig(Settings):
         commitment_weight: weight β of the commitment loss (``ema``, ``simvq``).
         ema_decay: decay of the running means (``ema``).
         restart_below: share of the mean count under which a code is restarted (``ema``).
-        entropy_weight: weight of the missing entropy of code use, in nats (``fsq``).
+        entropy_weight: weight of the missing entropy of code use, in nats (``fsq``); 0 above 16,384 codes.
     """
 
     subject: ClassVar[str] = "codec"
@@ -71,6 +75,12 @@ class CodecConfig(Settings):
             raise ConfigurationError(
                 f"model.code_channels={self.code_channels}, but model.fsq_levels has {len(self.fsq_levels)} entries: "
                 "FSQ takes one channel for each level"
+            )
+        if self.quantizer == "fsq" and self.entropy_weight > 0 and prod(self.fsq_levels) > MAX_ENTROPY_CODES:
+            raise ConfigurationError(
+                f"model.entropy_weight={self.entropy_weight}: the use of {prod(self.fsq_levels)} codes cannot be told "
+                f"from {SAMPLED_CELLS} cells of a volume: set it to 0, or model.fsq_levels to at most "
+                f"{MAX_ENTROPY_CODES} codes"
             )
 
     @property

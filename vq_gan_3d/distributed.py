@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -14,6 +16,15 @@ def world_size() -> int:
 def rank() -> int:
     """Number of this process among them."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def gather_objects(x: Any) -> list[Any]:
+    """What each rank gave, by rank; pickled, for small things now and then."""
+    if world_size() == 1:
+        return [x]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, x)
+    return gathered
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:

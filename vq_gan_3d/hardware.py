@@ -34,9 +34,14 @@ class Hardware:
     deterministic: bool
 
     @property
+    def per_node(self) -> int:
+        """Number of processes on each machine."""
+        return self.devices if isinstance(self.devices, int) else len(self.devices)
+
+    @property
     def world_size(self) -> int:
         """Number of processes."""
-        return (self.devices if isinstance(self.devices, int) else len(self.devices)) * self.num_nodes
+        return self.per_node * self.num_nodes
 
     def trainer_arguments(self, *, unused_parameters: bool = False) -> dict[str, Any]:
         """Arguments for Lightning's Trainer.

@@ -42,6 +42,14 @@ def log_to_file(path: Path) -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
 
 
+class LearningRateLog(Callback):
+    """Logs ``train/lr``: the learning rate of the last optimizer step, which all optimizers share."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        """After each batch."""
+        pl_module.log("train/lr", trainer.optimizers[0].param_groups[0]["lr"])
+
+
 class CsvLog(Callback):
     """Appends training scalars to ``train.csv`` and validation metrics to ``validation.csv``, one row a step.
 

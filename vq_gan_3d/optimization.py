@@ -28,7 +28,7 @@ class OptimizerConfig:
         warmup_steps: batches of linear warm-up.
         lr_schedule: ``constant`` or ``cosine`` (to 5 % at the last batch).
         accumulate_grad_batches: batches per optimizer step.
-        gradient_clip_val: limit of the gradient norm of each optimizer's parameters.
+        gradient_clip_val: limit of the gradient norm of each optimizer's parameters; 0 or None: none.
         max_bad_steps: consecutive steps with non-finite gradients before training is called diverged.
         seed: of all randomness inside steps.
     """
@@ -39,13 +39,17 @@ class OptimizerConfig:
     warmup_steps: int = 100
     lr_schedule: str = "constant"
     accumulate_grad_batches: int = 1
-    gradient_clip_val: float = 1.0
+    gradient_clip_val: float | None = 1.0
     max_bad_steps: int = 10
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.lr_schedule not in ("constant", "cosine"):
             raise ConfigurationError(f"training.lr_schedule={self.lr_schedule!r}: use constant or cosine")
+        if self.gradient_clip_val is not None and not self.gradient_clip_val >= 0:
+            raise ConfigurationError(
+                f"training.gradient_clip_val={self.gradient_clip_val}: give a limit above 0, or 0 for none"
+            )
 
 
 def learning_rate_factor(step: int, config: OptimizerConfig, total_steps: int) -> float:
@@ -72,12 +76,18 @@ class GuardedOptimizer:
         module: the module whose ``manual_backward`` is used.
         optimizer: Lightning's wrapper of it.
         accumulate: batches per step.
-        clip: limit of the gradient norm.
+        clip: limit of the gradient norm; 0 or None: none.
         max_bad_steps: consecutive skipped steps before training has diverged.
     """
 
     def __init__(
-        self, name: str, module: pl.LightningModule, optimizer: Any, accumulate: int, clip: float, max_bad_steps: int
+        self,
+        name: str,
+        module: pl.LightningModule,
+        optimizer: Any,
+        accumulate: int,
+        clip: float | None,
+        max_bad_steps: int,
     ) -> None:
         self.name = name
         self.module = module
@@ -98,7 +108,9 @@ class GuardedOptimizer:
             DivergedError: too many consecutive steps had non-finite gradients.
         """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
         if bool(norm.isfinite()):
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate

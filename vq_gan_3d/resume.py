@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from pytorch_lightning.callbacks import Callback
 
 from dataset.from_config import plain_dict
 from errors import ConfigurationError, InputError
-from vq_gan_3d.checkpointing import find_resumable, newest_first
+from vq_gan_3d.checkpointing import all_checkpoints, find_resumable
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def find_start(config: DictConfig, checkpoints: Path) -> Path | None:
         InputError: the checkpoint is missing or damaged, as are all others.
     """
     if config.ckpt_path is None:
-        existing = newest_first(checkpoints)
+        existing = all_checkpoints(checkpoints)
         if existing and not config.overwrite:
             raise ConfigurationError(
                 f"{checkpoints} holds {len(existing)} checkpoint(s) of an earlier run: resume it with ckpt_path=last, "
@@ -94,3 +95,12 @@ def find_start(config: DictConfig, checkpoints: Path) -> Path | None:
             log.warning("rejected %s", reason)
         return path
     return Path(config.ckpt_path).expanduser()
+
+
+def forget_run(output: Path) -> None:
+    """Delete what an earlier run left in its folder and a new one would mix with its own; the text log stays."""
+    of_tables = (output / "logs").glob("*.csv")
+    of_panels = (output / "validation_results").glob("step_*.png")
+    of_tensorboard = (output / "tensorboard_logs").glob("events.out.tfevents.*")
+    for path in itertools.chain(all_checkpoints(output / "checkpoints"), of_tables, of_panels, of_tensorboard):
+        path.unlink()

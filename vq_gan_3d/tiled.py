@@ -4,7 +4,7 @@ The codec is local: a latent depends on its own cell and a halo around it (`Code
 its own latent and a halo of latents. A window that holds the halo gives the inside exactly (to fp32 rounding, which
 depends on how a kernel splits its sums), and a window at the border of the volume meets the same zero padding. Nothing
 is blended, the latents are one seamless grid whatever the tiles, and finished slabs leave along depth, so that memory
-does not grow with it.
+does not grow with it. Where nobody asks for a size of tiles, they shrink until one fits the memory.
 """
 
 from __future__ import annotations
@@ -21,10 +21,7 @@ from dataset.tiling import HaloTile, HaloTiling, Triple
 from errors import InputError
 from params import HU_AIR
 from vq_gan_3d.codec import VQCodec
-from vq_gan_3d.tiled_batches import TileRunner, default_tile
-
-# For the features of one tile. Halos make small tiles dear: 1 GiB costs the default codec 3.1 times a volume's work.
-TILE_BUDGET_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
+from vq_gan_3d.tiled_batches import FittingTiles, TileRunner
 
 
 class HUArray(Protocol):
@@ -59,7 +56,7 @@ def encode_tiled(
         hu: (D, H, W) in HU, any size; anything that slices like an array (`dataset.store.LazyHU`). Padded with air at
             the end of each axis to the codec's total stride.
         window: the codec's HU window.
-        tile_dhw: size of a window, halo included; default `default_tile` for `TILE_BUDGET_BYTES`.
+        tile_dhw: size of a window, halo included; default: what fits the memory, see `FittingTiles`.
         batch: windows at a time; halved on out-of-memory.
         precision: ``torch.bfloat16`` for autocast; ``None`` for fp32.
 
@@ -72,7 +69,8 @@ def encode_tiled(
     """
     d, h, w = code_grid(codec, hu.shape)
     code = torch.empty((codec.config.code_channels, d, h, w))
-    for at, slab in encode_slabs(codec, hu, window, tile_dhw=tile_dhw, runner=TileRunner(codec, batch, precision)):
+    tiles = encoder_tiles(codec, hu, tile_dhw, TileRunner(codec, batch, precision))
+    for at, slab in encode_slabs(codec, hu, window, tiles):
         code[:, at] = slab
     return code
 
@@ -90,7 +88,7 @@ def decode_tiled(
     Args:
         codec: in evaluation mode.
         code: continuous or quantised (code_channels, d, h, w); it is quantised here.
-        tile_dhw: size of a window in voxels, halo included; default `default_tile` for `TILE_BUDGET_BYTES`.
+        tile_dhw: size of a window in voxels, halo included; default: what fits the memory, see `FittingTiles`.
         batch: windows at a time; halved on out-of-memory.
         precision: ``torch.bfloat16`` for autocast; ``None`` for fp32.
 
@@ -108,7 +106,7 @@ def decode_tiled(
         )
     grid = (code.shape[1], code.shape[2], code.shape[3])
     slabs = iter([(slice(0, grid[0]), code)])
-    return decode_slabs(codec, slabs, grid, tile_dhw=tile_dhw, runner=TileRunner(codec, batch, precision))
+    return decode_slabs(codec, slabs, grid, decoder_tiles(codec, grid, tile_dhw, TileRunner(codec, batch, precision)))
 
 
 def decode_volume(
@@ -148,9 +146,36 @@ def code_grid(codec: VQCodec, shape_dhw: tuple[int, ...]) -> Triple:
     return d, h, w
 
 
-def read_rows(hu: HUArray, tiling: HaloTiling) -> Iterator[tuple[list[HaloTile], np.ndarray]]:
-    """The tiles of each depth with the slices they look at, (window depth, padded H, padded W), padded with air."""
-    for row in tiling.rows():
+def encoder_tiles(codec: VQCodec, hu: HUArray, tile_dhw: Triple | None, runner: TileRunner) -> FittingTiles:
+    """The tiles in which a volume is encoded."""
+    d, h, w = hu.shape
+    return FittingTiles(codec.config, codec.config.receptive_halo_vox()[0], (d, h, w), tile_dhw, runner)
+
+
+def decoder_tiles(codec: VQCodec, grid: Triple, tile_dhw: Triple | None, runner: TileRunner) -> FittingTiles:
+    """The tiles in which a code of that grid (d, h, w) is decoded."""
+    d, h, w = (cells * step for cells, step in zip(grid, codec.config.total_stride, strict=True))
+    return FittingTiles(codec.config, codec.config.receptive_halo_vox()[1], (d, h, w), tile_dhw, runner)
+
+
+def encoder_tiles(codec: VQCodec, hu: HUArray, tile_dhw: Triple | None, runner: TileRunner) -> FittingTiles:
+    """The tiles in which a volume is encoded."""
+    d, h, w = hu.shape
+    return FittingTiles(codec.config, codec.config.receptive_halo_vox()[0], (d, h, w), tile_dhw, runner)
+
+
+def decoder_tiles(codec: VQCodec, grid: Triple, tile_dhw: Triple | None, runner: TileRunner) -> FittingTiles:
+    """The tiles in which a code of that grid (d, h, w) is decoded."""
+    d, h, w = (cells * step for cells, step in zip(grid, codec.config.total_stride, strict=True))
+    return FittingTiles(codec.config, codec.config.receptive_halo_vox()[1], (d, h, w), tile_dhw, runner)
+
+
+def read_rows(hu: HUArray, tiling: HaloTiling, start: int = 0) -> Iterator[tuple[list[HaloTile], np.ndarray]]:
+    """The tiles of each depth with the slices they look at, (window depth, padded H, padded W), padded with air.
+
+    ``start``: as in `HaloTiling.rows`.
+    """
+    for row in tiling.rows(start):
         depth = row[0].window[0]
         yield row, read_padded(hu, depth, tiling.padded_dhw)
 
@@ -170,73 +195,77 @@ def encode_slabs(
     codec: VQCodec,
     hu: HUArray,
     window: HUWindow,
-    *,
-    tile_dhw: Triple | None,
-    runner: TileRunner,
+    tiles: FittingTiles,
     ahead: Callable[[Iterator[tuple[list[HaloTile], np.ndarray]]], Iterator[tuple[list[HaloTile], np.ndarray]]] = iter,
 ) -> Iterator[CodeSlab]:
     """Finished slabs of code along depth: slice of latent rows and float32 (code_channels, rows, h, w) on the CPU.
 
     ``ahead`` may move the reading to a thread; everything else as in `encode_tiled`.
     """
-    config = codec.config
-    _, h, w = code_grid(codec, hu.shape)
-    shape = (hu.shape[0], hu.shape[1], hu.shape[2])
-    halo = config.receptive_halo_vox()[0]
-    window_dhw = tile_dhw or default_tile(config, halo, shape, tile_budget(runner), runner.precision)
-    tiling = HaloTiling(shape, window_dhw, halo, config.total_stride)
-
-    for row, slices in ahead(read_rows(hu, tiling)):
-
-        def load(tile: HaloTile, slices: np.ndarray = slices) -> Tensor:
-            part = np.ascontiguousarray(slices[:, tile.window[1], tile.window[2]])
-            return window.to_unit(torch.from_numpy(part).to(runner.device))[None]  # (1, D, H, W)
-
-        rows = _cells(row[0].keep, config.total_stride)[0]
-        slab = torch.empty((config.code_channels, rows.stop - rows.start, h, w))
-        for tile, code in runner.map(codec.encode, row, load):
-            at = _cells(tile.keep, config.total_stride)
-            slab[:, :, at[1], at[2]] = code[(slice(None), *_cells(tile.inner, config.total_stride))].float().cpu()
-        yield rows, slab
+    done, depth = 0, tiles.tiling.padded_dhw[0]
+    while done < depth:
+        for row, slices in ahead(read_rows(hu, tiles.tiling, done)):
+            slab = tiles.attempt(_encode_row, codec, window, tiles.runner, row, slices)
+            if slab is None:
+                break  # again from here, by smaller tiles
+            yield _cells(row[0].keep, codec.config.total_stride)[0], slab
+            done = row[0].keep[0].stop
 
 
-def decode_slabs(
-    codec: VQCodec,
-    slabs: Iterator[CodeSlab],
-    grid: Triple,
-    *,
-    tile_dhw: Triple | None,
-    runner: TileRunner,
-) -> Iterator[Slab]:
+def _encode_row(
+    codec: VQCodec, window: HUWindow, runner: TileRunner, row: list[HaloTile], slices: np.ndarray
+) -> Tensor:
+    """The code that a row of tiles completes, float32 (code_channels, rows, h, w), from its slices (depth, H, W)."""
+
+    def load(tile: HaloTile) -> Tensor:
+        part = np.ascontiguousarray(slices[:, tile.window[1], tile.window[2]])
+        return window.to_unit(torch.from_numpy(part).to(runner.device))[None]  # (1, D, H, W)
+
+    stride = codec.config.total_stride
+    depth = _cells(row[0].keep, stride)[0]
+    plane = (length // step for length, step in zip(slices.shape[1:], stride[1:], strict=True))
+    slab = torch.empty((codec.config.code_channels, depth.stop - depth.start, *plane))
+    for tile, code in runner.map(codec.encode, row, load):
+        at = _cells(tile.keep, stride)
+        slab[:, :, at[1], at[2]] = code[(slice(None), *_cells(tile.inner, stride))].float().cpu()
+        del code  # a view of its batch, which would be held while the next is computed
+    return slab
+
+
+def decode_slabs(codec: VQCodec, slabs: Iterator[CodeSlab], grid: Triple, tiles: FittingTiles) -> Iterator[Slab]:
     """As `decode_tiled`, from slabs of code that arrive in order along depth; only those in sight are held."""
-    config = codec.config
-    stride = config.total_stride
-    halo = config.receptive_halo_vox()[1]
-    shape = (grid[0] * stride[0], grid[1] * stride[1], grid[2] * stride[2])
-    window_dhw = tile_dhw or default_tile(config, halo, shape, tile_budget(runner), runner.precision)
-    tiling = HaloTiling(shape, window_dhw, halo, stride)
-    held, first = torch.empty((config.code_channels, 0, *grid[1:])), 0
-    for row in tiling.rows():
-        depth = _cells(row[0].window, stride)[0]
-        held, first = held[:, depth.start - first :], depth.start
-        while first + held.shape[1] < depth.stop:
-            held = torch.cat([held, next(slabs)[1]], dim=1)
-
-        def load(tile: HaloTile, code: Tensor = held[:, : depth.stop - first]) -> Tensor:
-            at = _cells(tile.window, stride)
-            return code[:, :, at[1], at[2]]  # (C, d, h, w)
-
-        keep = row[0].keep[0]
-        slab = np.empty((keep.stop - keep.start, *shape[1:]), np.float32)
-        target = torch.from_numpy(slab)
-        for tile, volume in runner.map(codec.decode, row, load):
-            target[:, tile.keep[1], tile.keep[2]] = volume[(0, *tile.inner)].float().cpu()
-        yield keep, slab
+    stride = codec.config.total_stride
+    held, first = torch.empty((codec.config.code_channels, 0, *grid[1:])), 0
+    done, depth = 0, tiles.tiling.padded_dhw[0]
+    while done < depth:
+        for row in tiles.tiling.rows(done):
+            seen, keep = _cells(row[0].window, stride)[0], row[0].keep[0]
+            held, first = held[:, seen.start - first :], seen.start
+            while first + held.shape[1] < seen.stop:
+                held = torch.cat([held, next(slabs)[1]], dim=1)
+            slab = tiles.attempt(_decode_row, codec, tiles.runner, row, held[:, : seen.stop - first])
+            if slab is None:
+                break  # again from here, by smaller tiles
+            yield keep, slab
+            done = keep.stop
 
 
-def tile_budget(runner: TileRunner) -> int:
-    """Memory for one tile on the runner's kind of device, in bytes."""
-    return TILE_BUDGET_BYTES.get(runner.device.type, TILE_BUDGET_BYTES["cpu"])
+def _decode_row(codec: VQCodec, runner: TileRunner, row: list[HaloTile], code: Tensor) -> np.ndarray:
+    """The slices that a row of tiles completes, float32 (depth, H, W), from the rows of code that it looks at."""
+    stride = codec.config.total_stride
+
+    def load(tile: HaloTile) -> Tensor:
+        at = _cells(tile.window, stride)
+        return code[:, :, at[1], at[2]]  # (C, d, h, w)
+
+    keep = row[0].keep[0]
+    height, width = (cells * step for cells, step in zip(code.shape[2:], stride[1:], strict=True))
+    slab = np.empty((keep.stop - keep.start, height, width), np.float32)
+    target = torch.from_numpy(slab)
+    for tile, volume in runner.map(codec.decode, row, load):
+        target[:, tile.keep[1], tile.keep[2]] = volume[(0, *tile.inner)].float().cpu()
+        del volume  # as above
+    return slab
 
 
 def _cells(voxels: Slices, stride: Triple) -> Slices:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -19,15 +18,27 @@ from dataset.atomic import atomic_write
 from errors import ConfigurationError, DivergedError, ExitCode, InputError, MemoryExhaustedError, StorageError
 from vq_gan_3d.callbacks import ExponentialMovingAverage, GracefulStop, SkipLedger, StopAfterSteps
 from vq_gan_3d.checkpoint_callback import CheckpointKeeper, VerifiedCheckpointIO
-from vq_gan_3d.checkpointing import is_writable, load_checkpoint, newest_first
+from vq_gan_3d.checkpointing import is_writable, load_checkpoint
 from vq_gan_3d.hardware import Hardware, resolve_hardware, return_memory_early
-from vq_gan_3d.logs import CsvLog, PanelLog, log_to_file
+from vq_gan_3d.launch import Launch, find_launch
+from vq_gan_3d.logs import CsvLog, LearningRateLog, PanelLog, log_to_file
+from vq_gan_3d.memory import is_out_of_memory
 from vq_gan_3d.optimization import steps_of
-from vq_gan_3d.resume import ResumeContract, find_start
+from vq_gan_3d.resume import ResumeContract, find_start, forget_run
 from vq_gan_3d.stage import Stage, TrainingData
 from vq_gan_3d.workers import blame_worker, stop_workers
 
 log = logging.getLogger(__name__)
+_AT_LEAST_ONE = (
+    "training.batch_size",
+    "training.num_epochs",
+    "training.accumulate_grad_batches",
+    "training.checkpoint_every_n_epochs",
+    "training.validate_every_n_epochs",
+    "logger.every_n_steps",
+    "hardware.processes",
+    "hardware.num_nodes",
+)
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 
 
@@ -55,41 +66,37 @@ def train_stage(config: DictConfig, stage: Stage) -> int:
 
 def _train(config: DictConfig, stage: Stage, output: Path) -> int:
     checkpoints = output / "checkpoints"
-    rank = int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
-    first = rank == 0  # one process of all machines; Lightning starts the others later, torchrun at the same time
+    _check_counts(config)
+    hardware = resolve_hardware(config.hardware)
+    launch = find_launch(os.environ, hardware.per_node, hardware.num_nodes)
+    first = launch.rank == 0  # one process of all machines; Lightning starts the others later, torchrun at once
     is_writable(checkpoints)
     if first:
         log_to_file(output / "logs" / "training.log")
     start = find_start(config, checkpoints) if first else _start_of_others(config, checkpoints)
     if first:
         os.environ["XRAY2CTPA_RESUME"] = str(start or "")
-    hardware = resolve_hardware(config.hardware)
     if config.hardware.checkpointing and hardware.accelerator == "cpu":
         return_memory_early()
     data = stage.build_data(config)
     contract = ResumeContract(config, data.manifest, hardware.world_size, stage.contract(config))
-    steps = 0
-    if start is not None:
-        checkpoint = load_checkpoint(start)
-        contract.check(checkpoint, start)
-        steps = int(checkpoint["current_model_state"]["steps"])
-        log.info("resuming from %s at step %d", start, steps)
-    sampler = data.build(rank, hardware.world_size)
+    steps = 0 if start is None else _steps_at(start, contract)
+    sampler = data.build(launch.rank, launch.world_size)
+    sampler.keep_whole_windows(config.training.accumulate_grad_batches)
     sampler.resume_at(steps)
     module: Any = stage.build_module(config, data)
     module.total_steps = _total_steps(config, sampler.batches)
     if first:
         _describe(stage, module, data, hardware)
         if start is None:  # overwrite=true: now that nothing is left to be refused
-            for path in [*newest_first(checkpoints), *(output / "logs").glob("*.csv")]:
-                path.unlink()
+            forget_run(output)
         with atomic_write(output / "config.yaml") as handle:
             handle.write(OmegaConf.to_yaml(config, resolve=True).encode())
     if hardware.compile:
         for part in stage.to_compile(module):
             part.compile()
     ledger = SkipLedger(sum(map(len, data.sources.values())), config.dataset.max_bad_fraction, data.bad)
-    trainer = build_trainer(config, stage, hardware, output, [contract, ledger], module.total_steps)
+    trainer = build_trainer(config, stage, hardware, launch, output, [contract, ledger], module.total_steps)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*dataloader is not resumable.*")
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
@@ -98,6 +105,27 @@ def _train(config: DictConfig, stage: Stage, output: Path) -> int:
         _fit(trainer, stage, module, data, start, ledger)
     log.info("done: checkpoints in %s, panels in %s", checkpoints, output / "validation_results")
     return ExitCode.SKIPS if ledger.reasons else ExitCode.OK
+
+
+def _check_counts(config: DictConfig) -> None:
+    """Refuse counts and intervals that are none, by name, before anything divides by them.
+
+    Raises:
+        ConfigurationError: one is no whole number, or below 1.
+    """
+    for key in _AT_LEAST_ONE:
+        value = OmegaConf.select(config, key)
+        if not isinstance(value, int) or value < 1:
+            raise ConfigurationError(f"{key}={value}: give a whole number of at least 1")
+
+
+def _steps_at(start: Path, contract: ResumeContract) -> int:
+    """Batches that a checkpoint of this run was trained on; here ends the use of its content, which is large."""
+    checkpoint = load_checkpoint(start)
+    contract.check(checkpoint, start)
+    steps = int(checkpoint["current_model_state"]["steps"])
+    log.info("resuming from %s at step %d", start, steps)
+    return steps
 
 
 def _start_of_others(config: DictConfig, checkpoints: Path) -> Path | None:
@@ -123,9 +151,19 @@ def _total_steps(config: DictConfig, batches_per_epoch: int) -> int:
 
 
 def build_trainer(
-    config: DictConfig, stage: Stage, hardware: Hardware, output: Path, callbacks: list[Callback], total_steps: int
+    config: DictConfig,
+    stage: Stage,
+    hardware: Hardware,
+    launch: Launch,
+    output: Path,
+    callbacks: list[Callback],
+    total_steps: int,
 ) -> pl.Trainer:
-    """The Trainer: our checkpoints, our signals, our logs; Lightning's loops, strategies and precision."""
+    """The Trainer: our checkpoints, our signals, our logs; Lightning's loops, strategies and precision.
+
+    Raises:
+        ConfigurationError: Lightning counts processes otherwise than the data are split.
+    """
     t, c = config.training, config.callbacks
     stop = GracefulStop()
     keeper = CheckpointKeeper(
@@ -144,6 +182,7 @@ def build_trainer(
         *callbacks,
         StopAfterSteps(total_steps),
         stop,
+        LearningRateLog(),
         CsvLog(output / "logs", config.logger.every_n_steps, stop),
         PanelLog(panels, c.panel_volumes),
         keeper,
@@ -151,12 +190,12 @@ def build_trainer(
     if c.progress_bar:
         callbacks.append(TQDMProgressBar(refresh_rate=1))
     logger = TensorBoardLogger(output, name="tensorboard_logs", version="") if config.logger.tensorboard else False
-    return pl.Trainer(
+    trainer = pl.Trainer(
         **hardware.trainer_arguments(unused_parameters=stage.unused_parameters),
         max_epochs=t.num_epochs,
         callbacks=callbacks,
         logger=logger,
-        plugins=[VerifiedCheckpointIO()],
+        plugins=[VerifiedCheckpointIO(), *([launch.cluster] if launch.cluster else [])],
         check_val_every_n_epoch=t.validate_every_n_epochs,
         log_every_n_steps=config.logger.every_n_steps,
         num_sanity_val_steps=0,
@@ -167,6 +206,8 @@ def build_trainer(
         profiler=config.profiler,
         default_root_dir=output,
     )
+    launch.check(trainer)
+    return trainer
 
 
 def _fit(
@@ -175,8 +216,6 @@ def _fit(
     """``trainer.fit`` with the errors of workers and memory told in one line."""
     try:
         trainer.fit(module, datamodule=data, ckpt_path=start, weights_only=True)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise MemoryExhaustedError(f"out of memory at step {steps_of(module)}: {stage.memory_hint}") from error
     except DivergedError as error:
         last = Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
         resume = f"and resume from {last} with ckpt_path=last, it is sound" if last.exists() else "and start again"
@@ -186,6 +225,8 @@ def _fit(
             raise KeyboardInterrupt from error
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise MemoryExhaustedError(f"out of memory at step {steps_of(module)}: {stage.memory_hint}") from error
         if "DataLoader" not in str(error):
             raise
         stop_workers()

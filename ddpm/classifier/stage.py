@@ -15,7 +15,7 @@ from torch import nn
 from dataset.data_module import VolumeDataModule
 from dataset.from_config import data_module, plain_dict, size_dhw
 from dataset.geometry import spacing_mm
-from dataset.sources import VolumeSource, manifest
+from dataset.sources import VolumeSource
 from ddpm.classifier.classifier import PEClassifierModule, patient_hash
 from ddpm.classifier.network import ClassifierConfig
 from ddpm.classifier.radiographs import RadiographDataModule
@@ -117,7 +117,6 @@ def labelled_data(config: DictConfig) -> VolumeDataModule:
         if unknown := len(sources) - len(known[split]):
             log.warning("%s: %d volumes have no label and are left out", split, unknown)
     data.sources = known
-    data.manifest = manifest([source for sources in known.values() for source in sources])
     return data
 
 

@@ -111,7 +111,8 @@ def measure(hu: np.ndarray, affine: np.ndarray) -> dict[str, float]:
         affine: (4, 4).
 
     Returns:
-        ``lung_ml``, ``lung_right_ml``, ``lung_left_ml``, ``vessel_ml`` (0 where nothing is found), ``heart_ml``
+        ``body_ml``, ``lung_ml``, ``lung_right_ml``, ``lung_left_ml``, ``vessel_ml`` (0 where nothing is found; the body
+        is what of it lies in the field, lungs included), ``heart_ml``
         (`Segmentation.heart`, about 1.4 times the heart's own volume), ``heart_shadow_cm2`` (its area in the frontal
         projection) and ``body_width_mm`` (mean over the middle half of the lungs' slices, shoulders and abdomen left
         out). Those of the heart are NaN without two lungs, the width is NaN without a body.
@@ -129,6 +130,7 @@ def measure_segmentation(found: Segmentation, affine: np.ndarray) -> dict[str, f
     right_ml, left_ml = float(found.lung_right.sum()) * ml, float(found.lung_left.sum()) * ml
     two_lungs = min(right_ml, left_ml) >= _MIN_LUNG_ML
     return {
+        "body_ml": float(found.body.sum()) * ml,
         "lung_ml": right_ml + left_ml,
         "lung_right_ml": right_ml,
         "lung_left_ml": left_ml,

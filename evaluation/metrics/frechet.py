@@ -171,14 +171,16 @@ def frechet_25d(
 
 
 def frechet_of_planes(
-    real: Sequence[Mapping[str, np.ndarray]], generated: Sequence[Mapping[str, np.ndarray]]
+    real: Sequence[Mapping[str, np.ndarray]],
+    generated: Sequence[Mapping[str, np.ndarray]],
+    planes: Sequence[str] = PLANES,
 ) -> dict[str, float]:
-    """As `frechet_25d`, of features that are already there, one entry a volume."""
+    """As `frechet_25d`, of features that are already there, one entry a volume, under any names of ``planes``."""
     result = {}
-    for plane in PLANES:
+    for plane in planes:
         first, second = (_gaussian([volume[plane] for volume in volumes]) for volumes in (real, generated))
         result[f"frechet_{plane}"] = frechet_distance(first, second)
-    return {**result, "frechet": sum(result.values()) / len(PLANES)}
+    return {**result, "frechet": sum(result.values()) / len(planes)}
 
 
 def frechet_3d(

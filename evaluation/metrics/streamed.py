@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from dataset.intensity import HUWindow
@@ -26,6 +27,7 @@ METRICS = (
     "psnr_slice_db",
     "ssim",
 )
+_SSIM_SLICES = 32  # new ones in a piece of `SliceStream`: ten more are filtered again
 
 
 class MetricSums:
@@ -113,6 +115,40 @@ class MetricSums:
         shift = a * low_p - c * low_t
         scaled = a * a * square_p + c * c * square_t - 2 * a * c * product - 2 * shift * (a * sum_p - c * sum_t)
         return result | {"psnr_minmax_db": _decibel(max(scaled / n + shift * shift, 0.0), 1.0)}
+
+
+class SliceStream:
+    """The metrics of `volume_metrics` from HU slices that come in order; memory does not grow with depth.
+
+    Args:
+        shape_dhw: of the volume.
+        window: the HU window; what is beyond it is no error.
+    """
+
+    def __init__(self, shape_dhw: Sequence[int], window: HUWindow) -> None:
+        self._window, self._depth = window, shape_dhw[0]
+        self._sums = MetricSums(shape_dhw[0], window)
+        size = min(SSIM_WINDOW_VOX, *shape_dhw)
+        self._shared = size - 2 + size % 2  # slices that a window position and the next one have in common
+        self._held: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        self._count = 0
+
+    def update(self, prediction_hu: np.ndarray, target_hu: np.ndarray) -> None:
+        """Add the next slices, (d, H, W) each, any real dtype."""
+        pair = tuple(self._window.to_unit(torch.from_numpy(hu)) for hu in (prediction_hu, target_hu))
+        self._sums.update(pair[0], pair[1], self._count)
+        self._count += len(pair[0])
+        for held, slices in zip(self._held, pair, strict=True):
+            held += slices
+        ready = len(self._held[0])
+        if ready > self._shared and (ready >= self._shared + _SSIM_SLICES or self._count == self._depth):
+            self._sums.update_ssim(*(torch.stack(held) for held in self._held))
+            for held in self._held:
+                del held[: ready - self._shared]
+
+    def result(self) -> dict[str, float]:
+        """The metrics under the names of `volume_metrics`."""
+        return self._sums.result()
 
 
 def grown(own: Sequence[tuple[int, int]], limits: Sequence[tuple[int, int]]) -> tuple[slice, ...]:

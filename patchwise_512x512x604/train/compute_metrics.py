@@ -37,7 +37,6 @@ def main(arguments: argparse.Namespace) -> int:
     """Measure all cases; 4 if some could not be read."""
     from dataset.atomic import make_folder
     from evaluation.metrics.codebook import CodeUsage
-    from evaluation.metrics.seams import seam_ratio
     from evaluation.metrics.statistics import bootstrap
     from patchwise_512x512x604 import evaluation_set as shared
 
@@ -49,19 +48,16 @@ def main(arguments: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     loop = shared.CaseLoop()
     for case, volume in loop.over(cases):
-        result = model.reconstruct(volume.hu)
-        assert result.hu is not None
+        result, metrics = model.measure(volume.hu)
         own = CodeUsage(len(result.code_counts))
         own.counts += result.code_counts
         usage.counts += result.code_counts
         shape = volume.hu.shape
-        seams = seam_ratio(result.hu, shared.as_shown(volume.hu, model.window), model.tiling(shape))
         rows.append(
             {"name": case.name, "shape_dhw": list(shape), "spacing_mm": list(volume.spacing_mm)}
-            | shared.whole_volume_metrics(result.hu, volume.hu, model.window)
+            | metrics
             | {"code_usage": own.usage(), "code_perplexity": own.perplexity()}
-            | {"seam_ratio": seams, "tiles": result.tiles}
-            | {"seconds": result.seconds}
+            | {"tiles": result.tiles, "seconds": result.seconds}
         )
         say(f"{case.name}: {rows[-1]['psnr_db']:.2f} dB in {result.seconds:.1f} s")
     aggregate = {}
@@ -71,7 +67,9 @@ def main(arguments: argparse.Namespace) -> int:
     report = {
         "checkpoint": arguments.checkpoint.name,
         "data_range_hu": [model.window.min_hu, model.window.max_hu],
-        "mode": arguments.mode,
+        "mode": model.mode,
+        "overlap": model.overlap if model.mode == "blend" else None,
+        "weights": model.weights if model.mode == "blend" else None,
         "precision": arguments.precision,
         "cases": rows,
         "aggregate": aggregate,

@@ -26,6 +26,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace) -> int:
     """Write what was asked for; 4 if some cases could not be read."""
+    import numpy as np
+
     from dataset.atomic import make_folder
     from dataset.volume_io import Volume, write_nifti
     from errors import ConfigurationError
@@ -47,17 +49,18 @@ def main(arguments: argparse.Namespace) -> int:
     make_folder(folder)
     loop = shared.CaseLoop()
     for case, volume in loop.over(cases[: arguments.num_samples]):
-        result = model.reconstruct(volume.hu)
+        original = np.asarray(volume.hu)
+        result = model.reconstruct(original)
         assert result.hu is not None
         restored = Volume(result.hu, volume.affine, source=case.name, orientation=volume.orientation)
         write_nifti(folder / f"{case.name}.nii.gz", restored)
-        shown = shared.as_shown(volume.hu, model.window)
+        shown = shared.as_shown(original, model.window)
         comparison_panel(shown, result.hu, volume.spacing_mm, folder / f"{case.name}.png")
         if arguments.video_frames:
             comparison_video(
                 shown, result.hu, volume.spacing_mm, folder / f"{case.name}.webp", frames=arguments.video_frames
             )
-        say(f"{case.name}: {'×'.join(str(n) for n in volume.hu.shape[::-1])} in {result.seconds:.1f} s")
+        say(f"{case.name}: {'×'.join(str(n) for n in original.shape[::-1])} in {result.seconds:.1f} s")
     say(f"volumes, pictures and videos: {folder}")
     return loop.exit_code
 

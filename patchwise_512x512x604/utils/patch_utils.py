@@ -3,7 +3,8 @@
 Weights are separable, so tiles are blended along W into rows, rows along H into slabs, slabs along D into the volume.
 Each step is a running weighted mean, ``mean += share * (tile - mean)`` with share = w_k / (w_1 + ... + w_k), which ends
 at the weighted mean of all tiles. Where tiles agree the difference is 0, so the result is the tile to the bit, in
-float32 and whatever the rounding of the weights. The shares are computed in float64. The other exact way, to sum
+float32 and whatever the rounding of the weights. The shares are computed in float64, the mean itself runs in float32:
+where tiles differ, it is off a mean accumulated in float64 by up to 3e-6 of the window. The other exact way, to sum
 ``w * tile`` in float64, took 2.4 times the processor time (2026-11-22, busy machine: 3.6 s against 1.5 s for
 512×512×604 in 54 tiles).
 """

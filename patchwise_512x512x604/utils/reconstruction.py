@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -17,14 +17,23 @@ import torch
 from torch import Tensor
 
 from dataset.intensity import HUWindow
-from dataset.tiling import Tiling, Triple
+from dataset.tiling import HaloTiling, Tiling, Triple
 from errors import ConfigurationError
 from patchwise_512x512x604.utils.background import WriteBehind, read_ahead
 from patchwise_512x512x604.utils.patch_utils import Kind, Stitcher, Write
 from vq_gan_3d.codec import VQCodec
 from vq_gan_3d.memory import peak_rss_bytes
-from vq_gan_3d.tiled import CodeSlab, HUArray, code_grid, decode_slabs, encode_slabs, read_padded
-from vq_gan_3d.tiled_batches import TileRunner, tile_bytes
+from vq_gan_3d.tiled import (
+    CodeSlab,
+    HUArray,
+    code_grid,
+    decode_slabs,
+    decoder_tiles,
+    encode_slabs,
+    encoder_tiles,
+    read_padded,
+)
+from vq_gan_3d.tiled_batches import TileRunner, free_bytes, tile_bytes
 
 Mode = Literal["halo", "blend"]
 TILE_DHW: Triple = (128, 256, 256)
@@ -38,17 +47,19 @@ class ReconstructionResult:
 
     Attributes:
         hu: (D, H, W); ``None`` where it went to a writer.
-        code_counts: how often each code was used, int64 (n_codes,); for `evaluation.metrics.codebook`. In blend mode
-            codes of overlapping tiles count once for each tile.
+        code_counts: how often each code was used, int64 (n_codes,); for `evaluation.metrics.codebook`. Each cell of the
+            volume's latent grid counts once: in blend mode for the tile that answers for it (`Tiling.own`).
+        tiling: where the decoded tiles meet; after a tile that did not fit, that of the smaller ones.
         tiles: windows that were computed (encoder and decoder separately in halo mode).
         batch: tiles at a time, after any halving on out-of-memory.
-        seconds: from the first slice read to the last one written.
+        seconds: from the first slice read to the last one written, writer included.
         peak_bytes: on CUDA the most that tensors held during the call; on the CPU the most that the process has ever
             had resident.
     """
 
     hu: np.ndarray | None
     code_counts: Tensor
+    tiling: Tiling | HaloTiling
     tiles: int
     batch: int
     seconds: float
@@ -78,13 +89,13 @@ def reconstruct_volume(
         window: the codec's HU window; what comes back is clipped to it.
         mode: ``halo`` or ``blend``.
         tile_dhw: a tile [D, H, W] in voxels, multiples of the total stride; in halo mode the halo is inside. Default
-            128×256×256 in blend mode; in halo mode what fits `vq_gan_3d.tiled.TILE_BUDGET_BYTES` with the least work.
+            128×256×256 in blend mode; in halo mode what fits the memory with the least work, smaller on out-of-memory.
         overlap: of neighbouring tiles in blend mode, a share in [0, 1).
         weights: of blend mode: ``linear``, ``cosine`` or ``gaussian``.
         batch: tiles at a time; default from the free memory of a GPU, 1 on the CPU, where more gains nothing. Halved on
             out-of-memory, with the same output.
         device: where to compute; the codec is moved there. Default where it is.
-        precision: ``torch.bfloat16`` for autocast; ``None`` for fp32.
+        precision: ``torch.bfloat16`` for autocast, near the whole volume's result; ``None`` for fp32.
         write: called from a thread with the number of the first slice and (slices, H, W) of ``dtype``, in order along
             depth; the array is the callee's to keep.
         dtype: of the HU that come back: int16 (rounded) or float32.
@@ -119,21 +130,21 @@ def reconstruct_volume(
 
     start = time.perf_counter()
     with WriteBehind(store) as writer:
+        tiling: Tiling | HaloTiling
         if mode == "halo":
-            _by_halo(codec, hu, window, shape, tile_dhw, runner, counts, writer)
+            tiling = _by_halo(codec, hu, window, shape, tile_dhw, runner, counts, writer)
         else:
             tiling = Tiling(shape, tile_dhw or TILE_DHW, overlap, codec.config.total_stride)
             _by_blending(codec, hu, window, tiling, weights, runner, counts, writer)
     seconds = time.perf_counter() - start
-    return ReconstructionResult(result, counts, runner.tiles, runner.batch, seconds, _peak_bytes(where))
+    return ReconstructionResult(result, counts, tiling, runner.tiles, runner.batch, seconds, _peak_bytes(where))
 
 
 def free_batch(codec: VQCodec, tile_dhw: Triple, device: torch.device, precision: torch.dtype | None) -> int:
     """Tiles that fit in three quarters of a GPU's free memory, between 1 and `MAX_BATCH`; 1 on the CPU."""
     if device.type != "cuda":
         return 1
-    free, _ = torch.cuda.mem_get_info(device)
-    return max(1, min(MAX_BATCH, int(0.75 * free) // tile_bytes(codec.config, tile_dhw, precision)))
+    return max(1, min(MAX_BATCH, int(0.75 * free_bytes(device)) // tile_bytes(codec.config, tile_dhw, precision)))
 
 
 def _by_halo(
@@ -145,19 +156,22 @@ def _by_halo(
     runner: TileRunner,
     counts: Tensor,
     writer: WriteBehind,
-) -> None:
+) -> HaloTiling:
+    """Returns where the decoded tiles meet."""
     grid = code_grid(codec, shape)
 
     def counted() -> Iterator[CodeSlab]:
-        slabs = encode_slabs(codec, hu, window, tile_dhw=tile_dhw, runner=runner, ahead=read_ahead)
-        for rows, slab in slabs:
+        tiles = encoder_tiles(codec, hu, tile_dhw, runner)
+        for rows, slab in encode_slabs(codec, hu, window, tiles, ahead=read_ahead):
             with torch.inference_mode():
                 _count(codec.quantizer(slab.to(runner.device)[None]).indices, counts)
             yield rows, slab
 
-    for at, unit in decode_slabs(codec, counted(), grid, tile_dhw=tile_dhw, runner=runner):
+    tiles = decoder_tiles(codec, grid, tile_dhw, runner)
+    for at, unit in decode_slabs(codec, counted(), grid, tiles):
         cropped = unit[: shape[0] - at.start, : shape[1], : shape[2]]
         writer.put(at.start, cropped)
+    return replace(tiles.tiling, shape_dhw=shape)  # what is padded has no seam to show
 
 
 def _by_blending(
@@ -179,7 +193,7 @@ def _by_blending(
 
     def code_and_back(volume: Tensor) -> Tensor:
         quantized = codec.quantizer(codec.encode(volume))  # codes (B, C, d, h, w)
-        uncounted[:] = [quantized.indices]  # counted below, once the batch is through: it may run out of memory here
+        uncounted[:] = quantized.indices  # counted below, once the batch is through: it may run out of memory here
         return codec.decode_quantized(quantized.codes)  # (B, 1, D, H, W)
 
     # the stitcher's array is used again, so what waits for the writer is a copy
@@ -193,8 +207,9 @@ def _by_blending(
 
         for start, volume in runner.map(code_and_back, starts, load):
             stitcher.add(start, volume[0])
-            if uncounted:
-                _count(uncounted.pop(), counts)
+            del volume  # a view of its batch, which would be held while the next is computed
+            own = zip(tiling.own(start), tiling.stride_dhw, strict=True)
+            _count(uncounted.pop(0)[tuple(slice(a.start // s, a.stop // s) for a, s in own)], counts)
     stitcher.finish()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dataset.data_module import VolumeDataModule
-from dataset.sources import PhantomSource, VolumeSource, manifest
+from dataset.sources import PhantomSource, VolumeSource
 from dataset.volume_io import Volume
 from errors import ConfigurationError
 
@@ -87,24 +87,14 @@ def test_splits_that_contradict_each_other(cases: list[Case], words: str) -> Non
 
 
 def test_a_changed_split_is_another_cohort() -> None:
-    plain = [Case("a", "p"), Case("b", "q")]
-    marked = [Case("a", "p", "train"), Case("b", "q", "validation")]
-    swapped = [Case("a", "p", "validation"), Case("b", "q", "train")]
-    assert manifest(plain) == manifest([PhantomLike("a"), PhantomLike("b")])
-    assert len({manifest(cases) for cases in (plain, marked, swapped)}) == 3
-
-
-@dataclass(frozen=True)
-class PhantomLike:
-    """A source that knows nothing of splits."""
-
-    name: str
-
-    @property
-    def patient(self) -> str:
-        return self.name
-
-    identity = patient
-
-    def load(self) -> Volume:
-        raise NotImplementedError
+    cases = [Case(name, name) for name in "abcdefgh"]
+    base = module(cases, validation=["a"])
+    assert module(cases[::-1], validation=["a"]).manifest == base.manifest
+    others = [
+        module(cases, validation=["b"]),
+        module(cases, validation=["a", "b"]),
+        module(cases[:-1], validation=["a"]),
+    ]
+    marked = [Case(case.name, case.name, "validation" if case.name == "a" else "train") for case in cases]
+    assert module(marked).manifest == base.manifest  # however they were assigned
+    assert len({base.manifest, *(other.manifest for other in others)}) == 4

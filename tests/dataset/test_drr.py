@@ -1,4 +1,4 @@
-"""Radiographs on demand: geometry, the cache, and which radiograph a case is given."""
+"""Radiographs on demand: geometry and the cache."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import pytest
 from scipy import ndimage
 
 import dataset.drr
-from dataset.drr import rendered_xray, xrays_for
-from dataset.pairs_case import CTCase
+from dataset.drr import rendered_xray
 from dataset.phantom import affine_of
 from dataset.prepared import PreparedVolume
 from dataset.projection import View, voxel_to_world
@@ -19,9 +18,8 @@ from dataset.sources import PhantomSource, prepare
 from dataset.store import write_store
 from dataset.volume_io import Volume
 from dataset.xray import load_xray
-from dataset.xray_drr import read_info, read_line_integrals, sidecar_of
+from dataset.xray_drr import read_line_integrals, sidecar_of
 from errors import InputError
-from tests.dataset.xray_factory import save_dicom, save_picture
 
 VIEWS: tuple[View, ...] = ("frontal", "lateral")
 
@@ -35,12 +33,6 @@ def stored(path: Path, hu: np.ndarray, affine: np.ndarray) -> PreparedVolume:
 def phantom(tmp_path_factory: pytest.TempPathFactory) -> tuple[PhantomSource, PreparedVolume]:
     source = PhantomSource(3, (32, 48, 48))
     return source, prepare(source, (32, 48, 48), tmp_path_factory.mktemp("volumes"))
-
-
-@pytest.fixture
-def forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rendering fails the test."""
-    monkeypatch.setattr(dataset.drr, "render", lambda *arguments: pytest.fail("rendered"))
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -123,42 +115,3 @@ def test_what_cannot_be_projected_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"flat\.b2nd.*too few slices"):
         rendered_xray(flat, "frontal", tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.png"))
-
-
-def case(*xrays: Path) -> CTCase:
-    return CTCase("a", "a", Path("a.nii.gz"), xrays)
-
-
-@pytest.mark.usefixtures("forbidden")
-def test_a_case_is_given_its_own_radiographs(phantom: tuple[PhantomSource, PreparedVolume], tmp_path: Path) -> None:
-    _, volume = phantom
-    plain = save_picture(tmp_path / "plain.png", "L")
-    lateral = save_dicom(tmp_path / "lateral.dcm", ViewPosition="LL", PatientOrientation=["P", "F"])
-    frontal = save_dicom(tmp_path / "frontal.dcm", ViewPosition="PA")
-    given = {
-        (plain,): [plain, None],
-        (lateral,): [None, lateral],
-        (lateral, plain): [plain, lateral],
-        (frontal, plain): [frontal, None],
-        (plain, frontal, lateral): [plain, lateral],
-    }
-    for xrays, expected in given.items():
-        assert xrays_for(case(*xrays), volume, VIEWS, tmp_path / "cache") == expected
-        assert xrays_for(case(*xrays), volume, ("lateral",), tmp_path / "cache") == expected[1:]
-    with pytest.raises(InputError, match="gone"):
-        xrays_for(case(tmp_path / "gone.png"), volume, VIEWS, tmp_path / "cache")
-
-
-def test_a_case_without_a_radiograph_is_given_rendered_ones(
-    phantom: tuple[PhantomSource, PreparedVolume], tmp_path: Path
-) -> None:
-    source, volume = phantom
-    for asked in (case(), source):
-        frontal, lateral = xrays_for(asked, volume, VIEWS, tmp_path, columns=48)
-        assert frontal is not None
-        assert lateral is not None
-        views = [info.geometry.view for path in (frontal, lateral) if (info := read_info(path)) is not None]
-        assert views == ["frontal", "lateral"]
-    assert len(list(tmp_path.glob("*.png"))) == 2
-    # a rendered picture that a table names tells its own view
-    assert xrays_for(case(lateral), volume, VIEWS, tmp_path) == [None, lateral]

@@ -59,8 +59,20 @@ def test_without_a_spacing_every_thorax_fills_its_volume() -> None:
         ({"spacing_mm": SPACING, "root_dir": "somewhere"}, "of phantoms"),
         ({"spacing_mm": SPACING, "name": "lidc"}, "of phantoms, dataset=lidc"),
         ({"spacing_mm": ["a", 1, 1]}, "no .d, h, w. in mm"),
+        ({"mirrored_share": 0.5, "name": "nifti"}, "mirrored_share is of phantoms, dataset=nifti"),
+        ({"mirrored_share": -0.5}, "a share from 0 to 1"),
     ],
 )
-def test_a_spacing_that_cannot_be_carried_out(changes: dict[str, Any], words: str) -> None:
+def test_a_grid_or_share_that_cannot_be_carried_out(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
         volume_sources(configured(**changes))
+
+
+def test_a_share_of_the_phantoms_is_mirrored() -> None:
+    plain = volume_sources(configured(size=[6, 16, 16], n_patients=40))
+    some = volume_sources(configured(size=[6, 16, 16], n_patients=40, mirrored_share=0.2))
+    changed = [number for number in range(40) if plain[number].identity != some[number].identity]
+    assert 2 < len(changed) < 16
+    assert [source.name for source in plain] == [source.name for source in some]
+    before, after = plain[changed[0]].load(), some[changed[0]].load()
+    assert np.array_equal(after.hu, before.hu[..., ::-1])

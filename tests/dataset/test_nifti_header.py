@@ -150,7 +150,7 @@ print(json.dumps(rows))
 """
 
 
-def test_bad_files_are_refused_quickly_in_bounded_memory(tmp_path):
+def test_t24_t25_t26_t27_bad_files_are_refused_quickly_in_bounded_memory(tmp_path):
     paths = bad_files(tmp_path)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", READ_ALL],
@@ -171,7 +171,7 @@ def test_bad_files_are_refused_quickly_in_bounded_memory(tmp_path):
         assert megabytes < 64, (path, megabytes)
 
 
-def test_mutated_files_raise_nothing_but_input_errors(tmp_path):
+def test_t44_mutated_files_raise_nothing_but_input_errors(tmp_path):
     good = nifti_bytes()
     packed = gzip.compress(good)
     random = np.random.default_rng(0)
@@ -193,10 +193,40 @@ def test_mutated_files_raise_nothing_but_input_errors(tmp_path):
     assert all(message.startswith(f"{path}: ") and "\n" not in message for message in messages)
 
 
-def test_read_header_refuses_too(tmp_path):
+def test_t24_read_header_refuses_too(tmp_path):
     path = stored(tmp_path / "lying.nii.gz", nifti_bytes(dim=[3, 4000, 4000, 60, 1, 1, 1, 1]))
     with pytest.raises(InputError, match=r"lying.nii.gz: the header claims"):
         read_header(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda a: a @ np.diag([1, 1, 2, 1]), r"voxels of \[0\.7, 0\.7, 2\.5\] and \[0\.7, 0\.7, 5\.0\]"),
+        (lambda a: a @ np.diag([1.02, 1, 1, 1]), "0.714"),
+        (lambda a: np.diag([-1, 1, 1, 1]) @ a, "turned by 180°"),
+        (lambda a: np.array([[0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]) @ a, "turned by 90°"),
+    ],
+    ids=["spacing", "2 percent", "mirrored", "turned"],
+)
+def test_t26_a_sform_and_a_qform_that_disagree_are_refused(tmp_path, change, words):
+    image = nib.Nifti1Image(small_hu(), AFFINE)
+    image.set_qform(change(AFFINE), 1)
+    image.header.set_sform(AFFINE, 1)
+    path = stored(tmp_path / "ct.nii.gz", image.to_bytes())
+    with pytest.raises(InputError, match=rf"ct\.nii\.gz: sform and qform disagree.*{words}"):
+        read_nifti(path)
+    image.header["qform_code"] = 0  # then it says nothing
+    np.testing.assert_array_equal(read_nifti(stored(path, image.to_bytes())).hu, small_hu().T)
+
+
+def test_a_sform_and_a_qform_may_differ_by_rounding(tmp_path):
+    image = nib.Nifti1Image(small_hu(), AFFINE)
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(0.005), -np.sin(0.005)], [np.sin(0.005), np.cos(0.005)]]
+    image.set_qform(turn @ AFFINE @ np.diag([1.004, 1, 1, 1]), 1)
+    image.header.set_sform(AFFINE, 1)
+    np.testing.assert_allclose(read_header(stored(tmp_path / "ct.nii", image.to_bytes())).spacing_mm, (2.5, 0.7, 0.7))
 
 
 def test_the_limit_of_voxels_can_be_set(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -39,10 +40,14 @@ def test_a_case_is_a_volume_source(tmp_path):
     write_nifti(tmp_path / "a.nii.gz", volume())
     case: VolumeSource = CTCase("a", "p", tmp_path / "a.nii.gz")
     assert np.array_equal(case.load().hu, volume().hu)
-    assert manifest([case]) == manifest([CTCase("a", "p", tmp_path / "other.nii.gz")])
+    (tmp_path / "moved").mkdir()
+    shutil.copy(tmp_path / "a.nii.gz", tmp_path / "moved")
+    cohort = manifest({"training": [case]})
+    assert cohort == manifest({"training": [CTCase("a", "p", tmp_path / "moved/a.nii.gz")]})
     before = case.identity
     write_nifti(tmp_path / "a.nii.gz", volume(1))
     assert case.identity != before
+    assert manifest({"training": [case]}) != cohort
     prepared = prepare(case, (3, 4, 5), tmp_path / "cache")
     assert prepared.open().shape == (3, 4, 5)
 

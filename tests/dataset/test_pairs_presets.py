@@ -162,6 +162,9 @@ def lidc(tmp_path):
     dicom(study / "3000923.000000-62357" / "1-1.dcm", "CR", "PA")
     dicom(study / "3000923.000000-62357" / "1-2.dcm", "CR", "LL")
     dicom(study / "3000925.000000-62358" / "1-1.dcm", "DX")
+    dicom(study / "3000926.000000-62359" / "1-1.dcm", "DX", "AP SUPINE")
+    dicom(study / "3000926.000000-62359" / "1-2.dcm", "DX", "AP ERECT")
+    dicom(study / "3000926.000000-62359" / "1-3.dcm", "DX", "LAO")
     (study / "3000925.000000-62358" / "1-2.dcm").write_bytes(b"no DICOM at all")
     return root
 
@@ -179,8 +182,9 @@ def test_lidc_volumes_and_frontal_radiographs(lidc, tmp_path):
     first = [case for case in cases if case.patient == "LIDC-IDRI-0001"]
     assert len(first) == 2
     for case in first:
-        assert [path.parent.name for path in case.xrays] == ["3000923.000000-62357", "3000925.000000-62358"]
-        assert [path.name for path in case.xrays] == ["1-1.dcm", "1-1.dcm"]  # no lateral view, no CT, no text
+        assert [path.parent.name[:7] for path in case.xrays] == ["3000923", "3000925", "3000926", "3000926"]
+        # no lateral or oblique view, no CT, no text
+        assert [path.name for path in case.xrays] == ["1-1.dcm", "1-1.dcm", "1-1.dcm", "1-2.dcm"]
         assert case.label is None
 
 
@@ -196,7 +200,7 @@ def test_lidc_by_keyed_hash_and_foreign_volumes(lidc, tmp_path):
     root = tmp_path / "volumes"
     touch(root / f"{pseudonym(KEY, 'patient', 'LIDC-IDRI-0001')}_0123456789ab.nii.gz")
     (case,) = lidc_cases(root, lidc, KEY)
-    assert (case.patient, len(case.xrays)) == ("LIDC-IDRI-0001", 2)
+    assert (case.patient, len(case.xrays)) == ("LIDC-IDRI-0001", 4)
     with pytest.raises(InputError, match=r"no LIDC patient.*dataset\.key"):
         lidc_cases(root, lidc)
 

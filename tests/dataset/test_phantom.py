@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import binary_dilation, binary_erosion
 
-from dataset.phantom import GROUPS, LABELS, Phantom, make_phantom, sample_patient
+from dataset.phantom import GROUPS, LABELS, Phantom, is_mirrored, make_phantom, sample_patient
 from errors import ConfigurationError
 
 SIZE = (40, 80, 80)
@@ -85,6 +85,27 @@ def test_organs_lie_where_they_belong(cohort: list[Phantom]) -> None:
         assert abs(at["spine"] @ right) < 3
         assert at["superior_vena_cava"] @ right > 0
         assert at["stomach_gas"] @ anterior > at["stomach"] @ anterior  # gas rises in a supine patient
+
+
+def test_a_mirrored_patient_is_the_same_one_with_sides_exchanged(cohort: list[Phantom]) -> None:
+    for phantom in cohort[:2]:
+        other = make_phantom(phantom.patient.seed, SIZE, pe_prevalence=1.0, mirrored=True)
+        assert np.array_equal(other.hu, phantom.hu[..., ::-1])
+        assert np.array_equal(other.labels, phantom.labels[..., ::-1])
+        assert np.array_equal(other.affine, phantom.affine)
+        side, mirrored = (centroid_mm(p, "left_ventricle")[0] for p in (phantom, other))
+        assert side < -10  # the patient's left is -R
+        assert mirrored == pytest.approx(-side)
+
+
+def test_a_share_of_patients_is_mirrored_by_lot() -> None:
+    chosen = [is_mirrored(seed, 0.2) for seed in range(2000)]
+    assert 330 < sum(chosen) < 470
+    assert not any(is_mirrored(seed, 0.0) for seed in range(50))
+    assert all(is_mirrored(seed, 1.0) for seed in range(50))
+    assert {seed for seed in range(300) if is_mirrored(seed, 0.1)} < {seed for seed in range(300) if chosen[seed]}
+    with pytest.raises(ConfigurationError, match=r"mirrored_share=1\.5"):
+        is_mirrored(0, 1.5)
 
 
 def test_descending_aorta_runs_left_of_the_spine(cohort: list[Phantom]) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from itertools import chain
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset.sampler import ResumableSampler
+from errors import ConfigurationError
 
 batch_sizes = st.integers(1, 4)
 worlds = st.integers(1, 4)
@@ -61,6 +63,18 @@ def test_resuming_gives_exactly_the_rest(length, batch, world, steps, data):
     rest += joined(batches_of(resumed, epoch) for epoch in range(first + 1, epochs))
     assert rest == everything[steps:]
     assert len(resumed) == len(whole)
+
+
+def test_an_epoch_is_a_whole_number_of_windows():
+    sampler = ResumableSampler(11, 2, seed=0)  # five batches
+    everything = list(sampler)
+    sampler.keep_whole_windows(2)
+    assert list(sampler) == everything[:8]
+    assert len(sampler) == 8
+    sampler.resume_at(4)
+    assert sampler.epoch == 1
+    with pytest.raises(ConfigurationError, match=r"training\.accumulate_grad_batches=5: an epoch has only 4"):
+        sampler.keep_whole_windows(5)
 
 
 def test_epochs_and_seeds_differ():

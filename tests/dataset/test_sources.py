@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -236,11 +235,40 @@ def test_find_nifti_refuses_empty_folders_and_twins(tmp_path):
         find_nifti(str(tmp_path))
 
 
-def test_manifest_depends_on_names_alone():
+def test_manifest_knows_who_is_held_out_and_what_is_in_a_volume():
     a, b, c = (PhantomSource(seed, (8, 8, 8)) for seed in range(3))
-    assert manifest([a, b]) == manifest([b, a])
-    assert manifest([a, b]) != manifest([a, c])
-    assert manifest([a, b]) != manifest([a, b, c])
+    base = manifest({"training": [a, b], "validation": [c]})
+    assert base == manifest({"validation": [c], "training": [b, a]})
+    others = [
+        {"training": [a, c], "validation": [b]},
+        {"training": [a], "validation": [c]},
+        {"training": [a, b, c], "validation": []},
+        {"training": [a, PhantomSource(1, (8, 8, 9))], "validation": [c]},
+    ]
+    assert len({base, *map(manifest, others)}) == 5
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".b2nd"])
+def test_manifest_survives_a_move_and_notices_another_content(tmp_path, suffix):
+    def one(folder, value, shape=(4, 8, 8)):
+        path = tmp_path / folder / f"a{suffix}"
+        path.parent.mkdir()
+        volume = Volume(np.full(shape, value, np.int16), np.diag([2.0, 2.0, 2.0, 1.0]))
+        write_store(path, volume, {}) if suffix == ".b2nd" else write_nifti(path, volume)
+        return manifest({"training": [(StoreSource if suffix == ".b2nd" else NiftiSource)(path)]})
+
+    first = one("here", 3)
+    assert one("there", 3) == first
+    assert one("longer", 3, (5, 8, 8)) != first
+    if suffix != ".nii":  # of which the size alone is known
+        assert one("other", 4) != first
+
+
+def test_manifest_of_a_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "a.b2nd").write_bytes(b"no store")
+    for path in (tmp_path / "a.b2nd", tmp_path / "gone.b2nd"):
+        manifest({"training": [StoreSource(path)]})  # preparation names it
+    manifest({"training": [NiftiSource(tmp_path / "gone.nii.gz")]})
 
 
 def test_default_cache_follows_the_environment(monkeypatch, tmp_path):
@@ -250,17 +278,28 @@ def test_default_cache_follows_the_environment(monkeypatch, tmp_path):
     assert default_cache() == Path.home() / ".cache" / "xray2ctpa"
 
 
-def test_the_sidecar_names_the_patient(tmp_path):
-    """Two studies of one patient belong on one side of a split; without a sidecar the file's stem is all there is."""
-    for name, patient in (("p_1", "p"), ("p_2", "p"), ("q_1", "q")):
-        nifti(tmp_path / f"{name}.nii.gz")
-        (tmp_path / f"{name}.json").write_text(json.dumps({"patient": patient}))
-    nifti(tmp_path / "plain.nii")
-    nifti(tmp_path / "foreign.nii")
-    (tmp_path / "foreign.json").write_text("{")
-    assert [source.patient for source in find_nifti(str(tmp_path))] == ["foreign", "p", "p", "plain", "q"]
-    write_store(tmp_path / "s.b2nd", NiftiSource(tmp_path / "plain.nii").load(), {"sidecar": {"patient": "p"}})
-    assert StoreSource(tmp_path / "s.b2nd").patient == "p"
+def test_a_damaged_store_is_left_to_the_preparation(tmp_path, cache):
+    """It names no patient, but nothing of it is ever read."""
+    stored(tmp_path / "a.b2nd")
+    stored(tmp_path / "b.b2nd", seed=1).write_bytes(b"damaged")
+    sources = find_stores(str(tmp_path))
+    assert [source.patient for source in sources] == ["a", "b"]
+    assert list(prepare_all(sources, None, cache, "volumes")[1]) == ["b"]
+
+
+def test_a_volume_without_air_is_prepared_with_a_warning_that_names_it(tmp_path, cache, caplog):
+    tissue = Volume(np.full((6, 8, 10), 40, np.int16), AFFINE)
+    write_nifti(tmp_path / "crop.nii", tissue)
+    write_store(tmp_path / "crop.b2nd", tissue, {})
+    for source in (NiftiSource(tmp_path / "crop.nii"), StoreSource(tmp_path / "crop.b2nd")):
+        for _ in range(2):  # made, then found in the cache
+            caplog.clear()
+            [prepared], failed = prepare_all([source], None, cache, "volumes")
+            assert not failed
+            [record] = caplog.records
+            assert record.levelname == "WARNING"
+            assert str(source.path) in record.message or str(prepared.path) in record.message
+            assert "below -300 HU" in record.message
 
 
 def test_a_case_on_a_store_is_read_where_it_lies(tmp_path, cache):

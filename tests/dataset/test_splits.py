@@ -65,6 +65,17 @@ def test_small_cohorts_still_hold_one_out():
         assert len(training) == n - 1
 
 
+def test_a_patient_who_is_lent_to_validation_is_named(caplog):
+    patients = {f"x{i}" for i in range(5)}
+    [lent] = split_patients(patients, 1e-9)[1]
+    [record] = caplog.records
+    assert lent in record.message
+    assert "of 5 patients" in record.message
+    caplog.clear()
+    split_patients(patients, hash_fraction(lent) + 1e-6)  # now it is held out for its hash
+    assert not caplog.records
+
+
 def test_named_validation():
     training, held_out = split_patients(["a", "b", "c"], 0.9, ["b"])
     assert (training, held_out) == ({"a", "c"}, {"b"})

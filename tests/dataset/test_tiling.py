@@ -97,3 +97,15 @@ def test_decimal_overlaps_are_not_rounded_away(overlap: float) -> None:
 def test_settings_that_cannot_be(arguments: tuple, words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
         Tiling(*arguments)
+
+
+@settings(deadline=None, max_examples=60)
+@given(tilings())
+def test_every_cell_is_the_own_of_one_tile(tiling: Tiling) -> None:
+    owners = np.zeros([-(-n // s) * s for n, s in zip(tiling.shape_dhw, tiling.stride_dhw, strict=True)], int)
+    for start in tiling:
+        own = tiling.own(start)
+        assert all(0 <= a.start <= a.stop <= n for a, n in zip(own, tiling.tile_dhw, strict=True))
+        assert all(a.start % s == a.stop % s == 0 for a, s in zip(own, tiling.stride_dhw, strict=True))
+        owners[tuple(slice(a.start + b, a.stop + b) for a, b in zip(own, start, strict=True))] += 1
+    assert (owners == 1).all()

@@ -136,6 +136,20 @@ def test_a_damaged_cache_costs_only_time(folder, tmp_path, monkeypatch, text):
     assert len(json.loads(cache.read_text())["good"]) == 3
 
 
+def test_a_sound_file_without_air_is_told_apart_and_read_once(tmp_path, monkeypatch):
+    tissue = Volume(np.full((4, 5, 6), 40, np.int16), AFFINE)
+    write_nifti(tmp_path / "a.nii", tissue)
+    write_store(tmp_path / "b.b2nd", tissue, {})
+    paths, seen = find_volumes(tmp_path), counted(monkeypatch)
+    for _ in range(2):
+        for path, found in zip(paths, verify_files(paths, tmp_path / "cache.json"), strict=True):
+            assert found.without_air
+            assert found.reason.startswith(f"{path}: no voxel is below -300 HU")
+    assert seen == ["a.nii", "b.b2nd"]
+    write_nifti(paths[0], volume())
+    assert [found.path for found in verify_files(paths, tmp_path / "cache.json")] == [str(paths[1])]
+
+
 def test_a_cache_that_cannot_be_written_costs_only_a_warning(folder, tmp_path, caplog):
     (tmp_path / "file").touch()
     assert verify_files(find_volumes(folder), tmp_path / "file" / "cache.json") == []

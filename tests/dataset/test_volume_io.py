@@ -31,7 +31,7 @@ def path(request, tmp_path):
 
 
 @pytest.mark.parametrize("codes", ALL_CODES[::5], ids="".join)
-def test_orientations_give_the_same_volume(codes, path):
+def test_t28_orientations_give_the_same_volume(codes, path):
     hu = small_hu()
     image = nib.Nifti1Image(hu, AFFINE)
     ornt = nib.orientations.ornt_transform(nib.io_orientation(AFFINE), nib.orientations.axcodes2ornt(codes))
@@ -95,13 +95,15 @@ def test_slope_and_intercept_are_applied_once(path):
     np.testing.assert_array_equal(read_nifti(path).hu, raw.T)
 
 
-def test_reading_rounds_and_counts_clipping(path):
+def test_t30_reading_counts_what_it_rounds_and_clips(path):
     array = np.zeros((2, 2, 2), np.float32)
     array.flat[:6] = [1.5, 2.5, -0.6, 40000, -40000, 32767.4]
     stored(path, nifti_bytes(array))
     volume = read_nifti(path)
     assert volume.hu.transpose(2, 1, 0).ravel().tolist() == [2, 2, -1, 32767, -32768, 32767, 0, 0]
-    assert volume.clipped == 2
+    assert (volume.rounded, volume.clipped) == (4, 2)
+    stored(path, nifti_bytes(np.arange(120, dtype=np.int16).reshape(4, 5, 6), slope=0.5))
+    assert (read_nifti(path).rounded, read_nifti(path).clipped) == (60, 0)
 
 
 def test_four_dimensions_of_length_one_are_three(path):
@@ -136,7 +138,7 @@ def test_header_extensions_and_padding(path):
 
 @given(shape=shapes, file_affine=affines(), data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_round_trip_is_exact(tmp_path_factory, shape, file_affine, data):
+def test_t29_round_trip_is_exact(tmp_path_factory, shape, file_affine, data):
     path = tmp_path_factory.getbasetemp() / f"round_trip.nii{data.draw(st.sampled_from(['', '.gz']))}"
     hu = np.random.default_rng(data.draw(st.integers(0, 99))).integers(-32768, 32768, shape).astype(np.int16)
     standard, affine = to_standard(hu, file_affine)
@@ -177,7 +179,7 @@ def test_the_header_that_is_written(path):
     np.testing.assert_allclose(read_nifti(path).affine, sheared, atol=1e-6)
 
 
-def test_writing_floats_counts_rounding_and_clipping(path):
+def test_t30_writing_floats_counts_rounding_and_clipping(path):
     values = np.array([1.0, 1.5, -0.25, 1e6, -1e6, 40000.5, 0.0, 7.0], np.float32).reshape(2, 2, 2)
     report = write_nifti(path, Volume(values, np.diag([1.0, -1, -1, 1])[[2, 1, 0, 3]]))
     assert (report.rounded, report.clipped) == (3, 3)
@@ -235,7 +237,7 @@ sys.exit(run_command(lambda: volume_io.write_nifti(sys.argv[1], volume_io.Volume
 
 
 @pytest.mark.parametrize(("way", "code"), [("kill", -9), ("full", 6)])
-def test_a_write_cut_short_leaves_the_old_file(path, way, code):
+def test_t31_a_write_cut_short_leaves_the_old_file(path, way, code):
     path.write_bytes(b"old")
     done = subprocess.run(
         [sys.executable, "-c", WRITE, str(path), way], capture_output=True, text=True, timeout=60, check=False

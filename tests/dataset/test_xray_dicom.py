@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 
-from dataset.xray import load_xray
+from dataset.xray import load_xray, view_of
 from dataset.xray_decode import decode_xray
 from errors import InputError
 from tests.dataset.xray_factory import (
@@ -132,6 +132,15 @@ def test_t36_contradictions_are_refused(tmp_path):
         path = save_dicom(tmp_path / "a.dcm", ViewPosition=position, PatientOrientation=orientation)
         with pytest.raises(InputError, match="disagree"):
             load_xray(path)
+
+
+@pytest.mark.parametrize("position", ["LAO", "RAO", "lpo", "RLO"])
+def test_t36_obliques_are_refused_by_name(position, tmp_path):
+    for orientation in (["L", "F"], None):
+        path = save_dicom(tmp_path / "a.dcm", ViewPosition=position, PatientOrientation=orientation)
+        for read in (load_xray, view_of):
+            with pytest.raises(InputError, match=rf"a\.dcm: an oblique radiograph \({position.upper()}\)"):
+                read(path)
 
 
 def test_dicom_without_orientation_is_taken_as_shown(tmp_path, reference):

@@ -49,8 +49,9 @@ def test_what_is_exported_must_belong_together_and_nothing_is_left_behind(tmp_pa
     before = target.read_bytes()
     with pytest.raises(InputError, match="trained on latents of codec"):
         write_bundle(target, moved_network(), tiny_codec(1))
-    with pytest.raises(ConfigurationError, match="model of crops"):
-        write_bundle(target, moved_network(context_dhw=(2, 2, 2), crop_dhw=(4, 4, 4)), tiny_codec())
+    for context in (None, (2, 2, 2)):
+        with pytest.raises(ConfigurationError, match="model of crops"):
+            write_bundle(target, moved_network(context_dhw=context, crop_dhw=(4, 4, 4)), tiny_codec())
     assert target.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
 

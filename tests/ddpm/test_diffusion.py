@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpm.diffusion import OBJECTIVES, WEIGHTINGS, Diffusion
+from ddpm.diffusion import OBJECTIVES, TIME_MARGIN, WEIGHTINGS, Diffusion
 from ddpm.schedules import (
     SCHEDULES,
     CosineSchedule,
@@ -225,3 +225,14 @@ def test_logit_normal_times_prefer_the_middle() -> None:
     logits = torch.logit(t)
     assert float(logits.mean()) == pytest.approx(0, abs=0.02)
     assert float(logits.std()) == pytest.approx(1, abs=0.02)
+
+
+def test_logit_normal_times_reach_both_ends() -> None:
+    """Stratified draws follow the distribution to one draw: P(t < s) = Φ(logit s), in the tails as in the middle."""
+    count = 1_000_000
+    t = Diffusion(FlowSchedule(), "flow", time_sampling="logit_normal").sample_times(count).double()
+    for share in (0.01, 0.02, 0.5, 0.98, 0.99):
+        expected = count * float(torch.special.ndtr(torch.logit(torch.tensor(share, dtype=torch.float64))))
+        assert abs(int((t < share).sum()) - expected) <= 1.5, share
+    assert float(t.min()) >= TIME_MARGIN * 0.99
+    assert float(t.max()) <= 1 - TIME_MARGIN

@@ -130,9 +130,25 @@ def test_scale_zero_asks_no_classifier() -> None:
 def test_predictions_are_bounded_where_asked() -> None:
     diffusion, (x, t) = Diffusion(), noisy()
     free = GuidedDenoiser(Network(diffusion), diffusion, GIVEN, NULL, 3.0)(x, t)
-    bounded = GuidedDenoiser(Network(diffusion), diffusion, GIVEN, NULL, 3.0, x0_limit=0.7)(x, t)
-    assert float(free.abs().max()) > 0.7
-    assert torch.equal(bounded, free.clamp(-0.7, 0.7))
+    low, high = (torch.tensor(ends).reshape(2, 1, 1, 1) for ends in ((-0.7, -0.2), (0.5, 0.9)))
+    bounded = GuidedDenoiser(Network(diffusion), diffusion, GIVEN, NULL, 3.0, x0_range=(low, high))(x, t)
+    for channel, ends in enumerate(((-0.7, 0.5), (-0.2, 0.9))):
+        assert float(free[:, channel].max()) > ends[1]
+        assert torch.equal(bounded[:, channel], free[:, channel].clamp(*ends))
+
+
+def test_the_classifier_is_asked_about_nothing_out_of_bounds_and_cannot_push_there() -> None:
+    diffusion, (x, t) = Diffusion(), noisy()
+    seen: list[Tensor] = []
+
+    def classifier(x0: Tensor) -> Tensor:
+        seen.append(x0.detach())
+        return x0.mean((1, 2, 3, 4))
+
+    guidance = ClassifierGuidance(classifier, torch.ones(5, dtype=torch.long), 1000.0)
+    ends = (torch.tensor(-0.7), torch.tensor(0.7))
+    guided = GuidedDenoiser(Network(diffusion), diffusion, GIVEN, NULL, 3.0, classifier=guidance, x0_range=ends)(x, t)
+    assert float(seen[0].abs().max()) == float(guided.abs().max()) == pytest.approx(0.7)
 
 
 def test_joined_conditions_keep_their_order() -> None:
@@ -161,5 +177,3 @@ def test_wrong_settings_are_refused() -> None:
         GuidedDenoiser(network, diffusion, GIVEN, scale=2.0)
     with pytest.raises(ConfigurationError, match=r"rescale=1.5"):
         GuidedDenoiser(network, diffusion, GIVEN, NULL, rescale=1.5)
-    with pytest.raises(ConfigurationError, match=r"x0_limit=0.0"):
-        GuidedDenoiser(network, diffusion, GIVEN, x0_limit=0.0)

@@ -73,6 +73,8 @@ def test_crops_carry_their_part_of_everything(cases: list[LatentCase]):
         # a context as fine as the latent is the latent itself
         latent = crops.scaler.to_latent(crop["code"])
         torch.testing.assert_close(crop["extra"][3:], latent, rtol=1e-4, atol=1e-4)
+        # without a context a crop is told its place all the same
+        assert torch.equal(dataset(cases, crop_dhw=(2, 4, 4))[(0, index)]["extra"], crop["extra"][:3])
 
 
 def test_one_of_several_xrays_is_drawn(cases: list[LatentCase], tmp_path: Path):

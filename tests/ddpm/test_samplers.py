@@ -189,6 +189,30 @@ def test_every_euler_step_equals_diffusers_flow_matching(shift: float) -> None:
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_every_heun_call_equals_diffusers_flow_matching(shift: float) -> None:
+    scheduler = diffusers.FlowMatchHeunDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(10)
+    places = scheduler.sigmas.unique().flip(0)  # it names the places of second calls twice
+    diffusion = Diffusion(FlowSchedule(), "flow")
+    noise = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    x, theirs = noise, []
+    for timestep in scheduler.timesteps:
+        sigma = float(timestep) / 1000
+        x = scheduler.step((x - curved(x, sigma)) / sigma, timestep, x).prev_sample  # velocity = (x - x0) / t
+        theirs.append(x)
+    ours: list[Tensor] = []
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        ours.append(x)
+        return curved(x, float(t[0]))
+
+    ours.append(SAMPLERS["heun"](denoise, noise, places, diffusion, NoiseSource(0, [0, 1])))
+    assert len(theirs) == 2 * 10 - 1  # two calls a step, one in the last
+    for a, b in zip(ours[1:], theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
 # --- seeds ------------------------------------------------------------------------------------------------------------
 
 

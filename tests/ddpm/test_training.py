@@ -18,13 +18,14 @@ from ddpm.ddpm import DDPM, ValidationConfig
 from ddpm.latent_dataset import condition_batch, context_at
 from ddpm.network import DDPMConfig, LatentDiffusion, Sampling
 from ddpm.pretrained import load_network
+from errors import ConfigurationError
 from tests.ddpm.tiny import TINY_DDPM, saved_codec, tiny_codec
 from tests.helpers import ROOT, assert_one_line_error
 from tests.in_process import DDPM as SCRIPT
 from tests.in_process import Train
 from vq_gan_3d.checkpointing import load_checkpoint
 from vq_gan_3d.latent_files import open_latent, write_latent
-from vq_gan_3d.latents import LatentStatistics
+from vq_gan_3d.latents import LatentStatistics, codec_hash
 from vq_gan_3d.optimization import OptimizerConfig
 
 
@@ -146,9 +147,10 @@ def network(**changes: object) -> LatentDiffusion:
         "xray_size": 32, "widths": [8, 16], "lifted_channels": [8, 8], "token_channels": 16, "vector_channels": 16,
     }  # fmt: skip
     conditioner |= changes.pop("conditioner", {})  # type: ignore[arg-type]
+    diffusion: dict[str, object] = changes.pop("diffusion", {})  # type: ignore[assignment]
     facts = FACTS | changes
     torch.manual_seed(0)
-    return LatentDiffusion(DDPMConfig.build(unet, {}, conditioner, channels=4, **facts))
+    return LatentDiffusion(DDPMConfig.build(unet, diffusion, conditioner, channels=4, **facts))
 
 
 def fit(model: LatentDiffusion, batches: Callable[[int], dict[str, object]], steps: int) -> list[float]:
@@ -182,6 +184,11 @@ def test_it_learns_to_follow_the_xray():
     right = (sampled - truth).square().mean()
     shuffled = (sampled - truth.roll(1, 0)).square().mean()
     assert right < 0.5 * shuffled
+    # left is left: the mirrored picture, which is as likely in this cohort, gives the mirrored patient
+    turned = held_out | {"xray": held_out["xray"].flip(-1)}
+    codes = model.sample(condition_batch(turned), (4, 4, 4), Sampling(steps=8), 0, range(4))
+    mirrored = model.scaler.to_latent(codes)
+    assert (mirrored - truth.flip(-1)).square().mean() < 0.5 * (mirrored - truth).square().mean()
 
 
 def test_positions_and_context_say_where_a_crop_is():
@@ -195,6 +202,20 @@ def test_positions_and_context_say_where_a_crop_is():
     context = torch.nn.functional.adaptive_avg_pool3d(field[None], (4, 3, 2))[0]
     found = context_at(context, (8, 6, 4), (2, 1, 1), (4, 3, 2))
     torch.testing.assert_close(found, field[:, 2:6, 1:4, 1:3], rtol=0, atol=1e-5)
+
+
+def test_a_model_of_crops_is_told_where_they_are_or_refuses():
+    model = network(crop_dhw=(4, 4, 4)).eval()
+    with pytest.raises(ConfigurationError, match="a model of crops must be told where they are"):
+        model.sample(condition_batch(batch_of(1)), (4, 4, 4), Sampling(steps=1), 0, [0])
+    for parameter in model.parameters():  # its output starts at zero
+        torch.nn.init.normal_(parameter, std=0.1)
+    codes = []
+    for start in ((0, 0, 0), (4, 0, 4)):
+        place = positions((8, 4, 8), start, (4, 4, 4))[None]
+        batch = condition_batch(batch_of(1) | {"extra": place})
+        codes.append(model.sample(batch, (4, 4, 4), Sampling(steps=2), 0, [0]))
+    assert not torch.equal(*codes)
 
 
 @pytest.mark.slow
@@ -228,3 +249,25 @@ def test_the_module_trains_all_of_the_network_and_nothing_of_the_codec():
     module.train()
     assert not codec.codec.training
     assert not [name for name in module.state_dict() if "codec" in name]
+
+
+def test_the_codec_is_the_same_after_training_steps_and_a_validation(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+):
+    """The live object: the copy in the run's folder is written before training."""
+    modules: list[DDPM] = []
+    real = DDPM.on_fit_start
+    monkeypatch.setattr(DDPM, "on_fit_start", lambda self: (modules.append(self), real(self))[1])
+    short = ["training.max_steps=3", "training.learning_rate=0.1", "training.warmup_steps=0"]
+    train(*options(saved_codec(tmp_path), *short), script=SCRIPT, tiny=False)
+    (module,) = modules
+    assert int(module.steps) == 3
+    assert (tmp_path / "outputs/logs/validation.csv").is_file()
+    moved = load_checkpoint(tmp_path / "outputs/checkpoints/final.ckpt")["current_model_state"]
+    fresh = LatentDiffusion(module.network.config).state_dict()
+    assert not torch.equal(moved["network.unet.head.weight"], fresh["unet.head.weight"])  # it did train
+    frozen = module.codec
+    assert codec_hash(frozen.codec, frozen.window) == frozen.content_hash == tiny_codec().content_hash
+    assert not any(p.requires_grad or p.grad is not None for p in frozen.codec.parameters())
+    module.train()
+    assert not frozen.codec.training

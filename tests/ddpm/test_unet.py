@@ -260,8 +260,8 @@ def check_learning(diffusion: Diffusion, kind: str, steps: int = 200) -> None:
     rng = NoiseSource(0, range(32))
     with torch.no_grad():
         for scale, least in ((1.0, 0.3), (2.0, 0.6)):  # a short training is weak, and guidance makes up for it
-            limit = 2.0 if diffusion.objective == "epsilon" else None
-            denoise = GuidedDenoiser(net, diffusion, conditions, null, scale, x0_limit=limit)
+            ends = (torch.tensor(-2.0), torch.tensor(2.0))  # as `LatentDiffusion.sample` has them for its latents
+            denoise = GuidedDenoiser(net, diffusion, conditions, null, scale, x0_range=ends)
             noise = NoiseSource(0, range(32)).normal(x0.shape[1:])
             times = time_grid(10, diffusion.schedule)
             x = SAMPLERS["dpm_solver_pp_2m"](denoise, noise, times, diffusion, rng)

@@ -48,6 +48,7 @@ def test_sizes_agree_with_the_phantoms(seed):
     one = phantom(seed)
     found, true = measure(one.hu, one.affine), measure_segmentation(known(one), one.affine)
     assert found["lung_ml"] == pytest.approx(one.volume_ml("lungs"), rel=0.05)
+    assert found["body_ml"] == pytest.approx(one.body_mask.sum() * math.prod(SPACING) / 1000, rel=0.03)
     assert found["lung_right_ml"] == pytest.approx(one.volume_ml("lung_right"), rel=0.08)
     assert found["body_width_mm"] == pytest.approx(true["body_width_mm"], abs=13.0)  # two voxels
 

@@ -159,9 +159,45 @@ def test_figures_of_a_model_that_is_right(cohort):
     assert 0 < report["diversity"]["ms_ssim"]["estimate"] < 1
     # the second sample is upside-down front to back: the mean of the two is worse
     assert report["gains"]["right_mean"]["psnr_body_db"]["low"] > 0
+    assert report["correlations"]["right"]["body_ml"]["estimate"] > 0.99
     # whether projections of five phantoms differ by 0.05 is up to them
     missed = {bar["bar"] for bar in report["bars"] if not bar["passed"]}
     assert missed <= {"NCC of projections in the body: gain over shuffled"}
+
+
+def test_the_side_must_follow_a_mirrored_radiograph():
+    """Who draws the heart on the left whatever the picture shows is right about every upright patient."""
+    held_out = [phantom(seed) for seed in range(3)]
+
+    def bar_of(answer):
+        cases = []
+        for one in held_out:
+            hu = in_window(one.hu)
+            cases.append(case_report(hu, {"right": hu}, one.affine, WINDOW, mirrored_hu=answer(hu)))
+        summary = summarise(cases, resamples=50)
+        assert summary["chirality"]["share_right_way_round"] == 1.0
+        (bar,) = [bar for bar in summary["bars"] if "chirality" in bar["bar"]]
+        return bar
+
+    assert bar_of(mirror)["passed"]
+    habit = bar_of(lambda hu: hu)
+    assert (habit["asked"], habit["passed"]) == (0.0, False)
+    assert habit["low"] < 0
+    assert not bar_of(lambda hu: (hu + mirror(hu)) / 2)["passed"]  # neither side: no more than 0
+
+
+def test_records_from_before_a_measure_was_added_still_count(cohort):
+    old = json.loads(json.dumps(cohort))
+    for case in old:
+        del case["scores"]["right"]["psnr_slice_db"]
+        for measures in case["anatomy"].values():
+            del measures["body_ml"]
+    old[0]["cone"], old[1]["cone"] = {"ncc": 0.5}, {"ncc": 0.7, "ncc_shuffled": 0.3}
+    report = summarise(old, resamples=20)
+    assert report["correlations"]["right"]["body_ml"]["n"] == 0
+    assert report["correlations"]["right"]["lung_ml"]["n"] == 5
+    assert report["gains"]["shuffled"]["psnr_slice_db"]["n"] == 0
+    assert (report["cone"]["ncc"]["n"], report["cone"]["ncc_shuffled"]["n"]) == (2, 1)
 
 
 def test_intervals_hold_their_estimates_and_order_does_not_matter(cohort):

@@ -10,6 +10,7 @@ from scipy import ndimage
 
 from errors import InputError
 from evaluation.metrics.lesions import Lesion, find_lesions, survival
+from evaluation.report_collect import collect
 from tests.ddpm.tiny import saved_codec
 from tests.helpers import ROOT, assert_one_line_error, environment
 
@@ -87,5 +88,10 @@ def test_the_script_reports_and_refuses(tmp_path):
     report = json.loads(output.read_text())
     assert report["survival"]["all"]["lesions"] >= 2
     assert report["survival"]["all"]["survived"]["estimate"] < 0.5  # this codec was never trained
+    (tmp_path / "checkpoints").mkdir()
+    kept = codec.rename(tmp_path / "checkpoints" / "final.ckpt")
+    script("--checkpoint", kept, "--cases", 1, "--size", 64, 128, 128, check=0)
+    (found,) = collect([tmp_path]).results["lesions"]  # where the report looks for it
+    assert found.content["cases"] == 1
     missing = script("--checkpoint", tmp_path / "none.ckpt", check=3)
     assert_one_line_error(missing, "none.ckpt")

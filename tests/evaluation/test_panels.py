@@ -57,6 +57,18 @@ def test_directions(corner):
     assert bright_quarter(sagittal) == (not superior, posterior)  # anterior on the left
 
 
+def test_the_caption_of_an_error_can_be_read():
+    """Its letters stand on black, whatever the error's colour: white where there is none."""
+    flat = np.zeros((40, 40, 40))
+    image = panel_image(flat, flat, (1.0, 1.0, 1.0), tile_px=TILE)
+    tile = tiles(image, flat.shape, (1.0, 1.0, 1.0))[0][2].astype(int)
+    yellow = np.argwhere((tile[..., 0] > 200) & (tile[..., 2] < 60))
+    (top, left), (bottom, right) = yellow.min(0), yellow.max(0)
+    plate = tile[top : bottom + 1, left : right + 1]
+    assert (plate.min(axis=2) < 60).all()  # letters and black, nothing of the map
+    assert (tile[bottom + 5 :].min(axis=2) > 200).all()
+
+
 def test_proportions_are_those_in_mm():
     shape, spacing = (20, 50, 100), (5.0, 1.0, 1.0)  # 100 × 50 × 100 mm
     image = panel_image(np.zeros(shape), np.zeros(shape), spacing, tile_px=TILE)

@@ -178,6 +178,10 @@ def test_tables_hold_the_figures_of_the_files(tmp_path):
     html = generation_tables(result)
     for text in ("4 held-out patients", "20.00 [19.00, 21.00]", "2.50 [1.50, 3.50]", "another patient", "missed", "–"):
         assert text in html
+    for text in ("PSNR per slice", "bias, HU", "body volume", "drawn without looking passes"):
+        assert text in html
+    seen = json.loads(write_generation(tmp_path, split="training").read_text())
+    assert "4 patients OF THE TRAINING" in generation_tables(Result("evaluation", tmp_path, seen))
     html = codec_table(Result("codec", tmp_path, json.loads(write_codec_metrics(tmp_path).read_text())))
     for text in ("31.25", "-1.0", "mean of 1", "50.0 %", "perplexity 100", "2000 HU"):
         assert text in html
@@ -348,8 +352,20 @@ def test_what_was_never_made_is_said_with_its_command(tmp_path):
     html = write_report(collect([tmp_path]))
     for text in ("No diffusion training", "ddpm/train/train_ddpm.py", "No table of generated volumes", "xray_to_ct.py"):
         assert text in html
+    for text in ("clinical.py", "lesion_survival.py", "--samples 4"):
+        assert text in html
     assert "No table of reconstructions" not in html
     assert "31.25" in html
+
+
+def test_several_results_of_a_kind_are_told_apart_in_short(tmp_path):
+    write_generation(tmp_path / "first")
+    html = write_report(collect([tmp_path]))
+    assert "<span>first</span>" not in html
+    write_generation(tmp_path / "second")
+    html = write_report(collect([tmp_path]))
+    tiles = html.split('<div class="tiles">')[1].split("</section>")[0]
+    assert tiles.count("<span>first</span>") == tiles.count("<span>second</span>") == tiles.count('class="tile"') / 2
 
 
 def test_t45_no_path_and_no_canary_of_a_file_is_on_the_page(tmp_path, monkeypatch):

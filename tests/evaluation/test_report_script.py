@@ -64,7 +64,11 @@ def test_a_demo_folder_becomes_one_page(demo, tmp_path):
         assert "<polyline" in article
     for text in ("Codec: codec", "Diffusion: ddpm", "Samples of held-out patients", "linear regression on the X-ray"):
         assert text in html
-    assert "Not in this report" not in html
+    missing = html.split('id="missing"')[1].split("</section>")[0]
+    for text in ("No codec training", "No diffusion training", "No table of", "No pictures"):
+        assert text not in missing
+    for text in ("No diversity of samples", "No evaluation of embolism", "No survival of emboli"):
+        assert text in missing
     # it reads, and writes nothing but the page
     after = sorted(path for path in demo.rglob("*") if path.is_file() and ".cache" not in path.parts)
     assert set(after) - set(before) == {demo / "report.html"}

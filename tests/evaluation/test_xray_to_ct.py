@@ -1,5 +1,6 @@
 """The evaluation scripts of the diffusion model, from the command line, on the smallest run that goes all the way."""
 
+import hashlib
 import json
 import math
 import subprocess
@@ -14,11 +15,12 @@ import torch
 from PIL import Image
 
 from dataset.intensity import HUWindow
+from ddpm.classifier.network import ClassifierConfig
 from ddpm.conditions import UNKNOWN_LABEL, ConditionBatch
 from ddpm.patient import joined
 from evaluation.held_out import HeldOut, LinearMap, mirrored, open_run, with_xrays_of, without_conditions
-from evaluation.sampler_table import judge
 from tests.ddpm.tiny import ddpm_command, saved_codec
+from tests.evaluation.test_clinical import saved_judge
 from tests.helpers import ROOT, assert_one_line_error, environment
 
 XRAY_TO_CT, SAMPLER_TABLE = "evaluation/xray_to_ct.py", "evaluation/sampler_table.py"
@@ -70,7 +72,12 @@ def test_figures_pictures_and_resumption(run, tmp_path):
     assert report["summary"]["scores"]["mean"]["psnr_body_db"]["low"] > 15
     assert report["summary"]["scores"]["codec"]["psnr_body_db"]["high"] < 12
     assert math.isfinite(report["summary"]["gains"]["linear"]["psnr_body_db"]["estimate"])
-    assert {"chirality", "mirror", "cone", "diversity", "bars"} <= set(report["summary"])
+    assert {"chirality", "mirror", "cone", "diversity", "retrieval", "bars"} <= set(report["summary"])
+    assert set(report["summary"]["cone"]) == {"ncc", "ncc_shuffled"}
+    assert report["summary"]["retrieval"]["nearest"]["n"] == len(patients)
+    assert 1 <= report["summary"]["retrieval"]["rank"]["estimate"] <= len(patients)
+    for heading in ("PSNR slice dB", "bias HU", "whether the side follows the X-ray"):
+        assert heading in first.stdout
     assert "MISSED" in first.stdout
     picture = np.asarray(Image.open(next(output.glob("*.png"))))
     assert picture.std() > 10
@@ -95,11 +102,35 @@ def test_figures_pictures_and_resumption(run, tmp_path):
 def test_patients_of_the_training_can_be_looked_at(run, tmp_path):
     output = tmp_path / "remembered"
     flags = ("--run", run, "--output", output, "--steps", 2, "--pictures", 0, "--split", "training", "--cases", 3)
-    evaluate(XRAY_TO_CT, *flags, cwd=tmp_path)
+    result = evaluate(XRAY_TO_CT, *flags, cwd=tmp_path)
     report = json.loads((output / "report.json").read_text())
     held_out = {case.name for case in open_run(run, None, None, None, "cpu").cases.cases}
     assert len(report["patients"]) == 3
     assert not held_out & set(report["patients"])
+    # the mean and the regression were fitted on these patients
+    assert not {"mean", "linear"} & set(report["summary"]["scores"])
+    assert "retrieval" in report["summary"]
+    assert "which the model has seen" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_classifier_of_latents_may_guide(run, tmp_path):
+    config = ClassifierConfig("latent", in_channels=4, widths=(4, 8), strides=((1, 1, 1), (1, 2, 2)), blocks=(1, 1))
+    codec = open_run(run, None, None, 1, "cpu").generator.codec.content_hash
+    guide = saved_judge(tmp_path / "guide.ckpt", config, codec)
+    output = tmp_path / "guided"
+    flags = ("--run", run, "--steps", 2, "--pictures", 0, "--cases", 2, "--classifier", guide)
+    evaluate(XRAY_TO_CT, *flags, "--output", output, "--classifier-scale", 1000, cwd=tmp_path)
+    evaluate(XRAY_TO_CT, *flags, "--output", tmp_path / "free", "--classifier-scale", 0, cwd=tmp_path)
+    guided, free = (json.loads((folder / "report.json").read_text()) for folder in (output, tmp_path / "free"))
+    assert guided["settings"]["classifier"] == hashlib.sha256(guide.read_bytes()).hexdigest()
+    assert guided["summary"]["scores"]["right"] != free["summary"]["scores"]["right"]
+    assert guided["summary"]["scores"]["codec"] == free["summary"]["scores"]["codec"]
+    refused = evaluate(XRAY_TO_CT, *flags[:-2], "--output", output, cwd=tmp_path, check=2)
+    assert_one_line_error(refused, "classifier_scale")
+    other = saved_judge(tmp_path / "other.ckpt", config, "0" * 64)
+    wrong = evaluate(XRAY_TO_CT, *flags[:-1], other, "--output", tmp_path / "no", cwd=tmp_path, check=3)
+    assert_one_line_error(wrong, "other.ckpt")
 
 
 @pytest.mark.slow
@@ -107,16 +138,20 @@ def test_table_of_samplers(run, tmp_path):
     output = tmp_path / "table.json"
     network = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 9, stride=9), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
     torch.jit.trace(network, torch.zeros(2, 1, 224, 224)).save(str(tmp_path / "net.pt"))
-    flags = ("--run", run, "--output", output, "--cases", 2, "--steps", 2, 1, "--samplers", "ddim", "euler")
+    flags = ("--run", run, "--output", output, "--cases", 2, "--steps", 2, 1, "--resamples", 20)
+    flags = (*flags, "--samplers", "ddim", "heun")
     first = evaluate(SAMPLER_TABLE, *flags, cwd=tmp_path)
     report = json.loads(output.read_text())
-    assert [(row["sampler"], row["steps"]) for row in report["rows"]] == [
-        ("ddim", 1),
-        ("ddim", 2),
-        ("euler", 1),
-        ("euler", 2),
+    assert [(row["sampler"], row["steps"], row["passes"]) for row in report["rows"]] == [
+        ("codec", 0, 0),
+        ("ddim", 1, 1),
+        ("ddim", 2, 2),
+        ("heun", 1, 1),
+        ("heun", 2, 3),
     ]
     assert all(row["seconds"] > 0 and row["frechet"] > 0 for row in report["rows"])
+    assert all(row["frechet_low"] <= row["frechet"] <= row["frechet_high"] for row in report["rows"])
+    assert "ddim: no verdict, no run of 250 steps: add it to --steps" in first.stdout
     assert report["features"] == "3-D, the run's own codec"
     assert "s/volume" in first.stdout
     again = evaluate(SAMPLER_TABLE, *flags, cwd=tmp_path)  # nothing is measured twice
@@ -218,13 +253,3 @@ def test_the_linear_control_learns_from_training_patients_with_a_radiograph(monk
     assert linear.volume(held_out, 2, shape) is None
     pictures["training"][2:] = [None] * 19
     assert LinearMap.fit(held_out, shape) is None
-
-
-def test_enough_steps_are_judged_by_both_figures():
-    def row(steps, psnr, frechet):
-        return {"sampler": "ddim", "steps": steps, "psnr_body_db": psnr, "frechet": frechet}
-
-    few = [row(5, 21.0, 2.0), row(10, 20.5, 1.04), row(250, 20.0, 1.0)]
-    assert judge(few) == {"ddim": {"reference": 250, "enough": 10}}  # 5 steps: better PSNR by blur, worse distance
-    assert judge([row(5, 10.0, 1.0), row(250, 20.0, 1.0)])["ddim"]["enough"] is None
-    assert judge([row(5, 20.0, float("nan")), row(250, 20.0, 1.0)])["ddim"]["enough"] is None

@@ -96,3 +96,18 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
 def unit_error(a: np.ndarray, b: np.ndarray) -> float:
     """Mean absolute difference in HU."""
     return float(np.abs(a.astype(np.float64) - b).mean())
+
+
+@pytest.fixture
+def fake_python(tmp_path: Path) -> Path:
+    """See `fake_python_in`."""
+    return fake_python_in(tmp_path / "bin")
+
+
+def fake_python_in(folder: Path) -> Path:
+    """A Python that has all packages and two GPUs, and answers at once."""
+    folder.mkdir()
+    path = folder / "python"
+    path.write_text("#!/bin/sh\necho 2\n")
+    path.chmod(0o755)
+    return path

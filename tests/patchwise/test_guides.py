@@ -1,7 +1,11 @@
-"""Every command of the guides runs: as it stands, at tiny settings and paths; what needs GPUs or SLURM as a dry run."""
+"""Every command of the guides runs: as it stands, at tiny settings and paths; what needs GPUs or SLURM as a dry run.
+
+``python`` is what the guide made it: no environment is on the search path before the guide's own ``source``.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -12,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import ROOT, environment
-from tests.patchwise.test_launchers import SMALL, fake_python_in
+from tests.patchwise.conftest import fake_python_in
+from tests.patchwise.test_launchers import SMALL
 
 PACKAGE = ROOT / "patchwise_512x512x604"
 GUIDES = [
@@ -46,6 +51,28 @@ def needs_dry_run(line: str) -> bool:
     return bool(re.search(r"--gpus [1-9]|--slurm|--node_rank", line))
 
 
+def preamble(guide: str, line: str) -> list[str]:
+    """What the guide did to the shell before a command: its folder and its search path."""
+    (path,) = (path for path in GUIDES if path.name == guide)
+    lines = [command for block in blocks(path) for command in block]
+    return [command for command in lines[: lines.index(line)] if command.startswith(("cd ", "source "))]
+
+
+def test_python_is_that_of_the_environment() -> None:
+    """No command by a bare ``python`` or from the environment's bin before the guide has activated it."""
+    for guide in GUIDES:
+        folder = PACKAGE if guide.parent == PACKAGE else ROOT
+        commands = [line for block in blocks(guide) for line in block]
+        for line in commands:
+            for activated in (before for before in preamble(guide.name, line) if before.startswith("source ")):
+                script = folder / activated.removeprefix("source ")
+                assert script.resolve() == (ROOT / ".venv").resolve() / "bin/activate", f"{guide.name}: {activated}"
+            if line.split()[0] in ("python", "tensorboard", "pip"):
+                assert any(before.startswith("source ") for before in preamble(guide.name, line)), (
+                    f"{guide.name}: {line}"
+                )
+
+
 def test_guides_name_only_what_exists() -> None:
     """Links lead somewhere, scripts are there, and keys of the tables are keys of the configuration."""
     for guide in GUIDES:
@@ -68,72 +95,86 @@ def test_report_keys_of_the_guide_are_those_of_the_script() -> None:
     assert all(f'"{key}"' in source for key in keys)
 
 
+def make_checkout(folder: Path) -> Path:
+    """The repository as a user has it, of links: with a ``.venv`` of its own, and room for outputs in the package."""
+    package = folder / PACKAGE.name
+    package.mkdir(parents=True)
+    for source, target in ((ROOT, folder), (PACKAGE, package)):
+        for entry in source.iterdir():
+            if entry.name not in (".git", ".venv", "outputs", PACKAGE.name):
+                (target / entry.name).symlink_to(entry)
+    commands = folder / ".venv/bin"
+    commands.mkdir(parents=True)
+    real = Path(sys.executable).parent
+    for name in ("python", "tensorboard"):
+        (commands / name).write_text(f'#!/bin/sh\nexec "{real}/{name}" "$@"\n')
+        (commands / name).chmod(0o755)
+    (commands / "activate").write_text(f'export PATH="{commands}:$PATH"\n')
+    (folder / ".venv/.installed").touch()  # newer than what `make venv` installs: it is done
+    return folder
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, volumes: Path) -> Path:
     """Stand-ins of the folders that the guides name: data, a finished run, a volume that survives the container."""
     folder = tmp_path_factory.mktemp("guide")
     for name in ("nii", "test", "workspace/data", "workspace/test"):
         shutil.copytree(volumes, folder / name)
-    for run in ("run/outputs", "workspace/outputs"):
-        shutil.copytree(checkpoint.parent, folder / run / "checkpoints")
-        (folder / run / "logs").mkdir()
-        (folder / run / "config.yaml").write_text((ROOT / "config/dataset/phantom.yaml").read_text())
+    package = make_checkout(folder / "workspace/X-ray2CTPA") / PACKAGE.name
+    for run in (package / "outputs", folder / "workspace/outputs"):
+        shutil.copytree(checkpoint.parent, run / "checkpoints")
+        (run / "logs").mkdir()
+        (run / "config.yaml").write_text((ROOT / "config/dataset/phantom.yaml").read_text())
     fake_python_in(folder / "bin")
-    (folder / "workspace/X-ray2CTPA").symlink_to(ROOT)
     return folder
 
 
-def substituted(line: str, workplace: Path, cwd: Path) -> list[str]:
-    """A command of a guide with paths of this machine and tiny settings."""
-    line = line.replace("/folder/of/nii.gz", str(workplace / "nii")).replace("/folder/of/test", str(workplace / "test"))
-    line = re.sub(r"(?<![\w.])/workspace", str(workplace / "workspace"), line)
+def further(line: str, workplace: Path) -> list[str]:
+    """What is added to a command of a guide: tiny settings, and no GPU."""
     words = shlex.split(line)
-    if words[0] == "python":
-        script = PACKAGE / words[1] if (PACKAGE / words[1]).exists() else ROOT / words[1]
-        assert script.is_file(), line
-        words[:2] = [sys.executable, str(script)]
-    elif words[0].endswith(".sh"):
-        words[0] = str(PACKAGE / Path(words[0]).name)
-    name = Path(words[0] if words[0] != sys.executable else words[1]).name
+    name = Path(words[1] if words[0] == "python" else words[0]).name
+    more: list[str] = []
     if name == "launch_distributed_training.sh":
-        python = workplace / "bin/python" if needs_dry_run(line) else sys.executable
-        words += ["--python", str(python), "--min_free_gb", "0", *(["--dry-run"] if needs_dry_run(line) else [])]
-        words += [] if "--gpus" in words else ["--gpus", "0"]
-    if name == "setup_training.sh" and "--check" not in words:
-        words.append("--help")  # `make venv` is what made the environment of this test
+        more += ["--min_free_gb", "0", *([] if "--gpus" in words else ["--gpus", "0"])]
+        more += ["--python", str(workplace / "bin/python"), "--dry-run"] if needs_dry_run(line) else []
     if name in ("launch_distributed_training.sh", "train_vqgan_distributed.py"):
-        words += TINY_TRAINING + ([] if "ckpt_path=last" in words else ["overwrite=true"])
-        words += ["dataset.phantom_size=[20,36,36]", "dataset.validation_fraction=0.2"]  # one of the two is held out
-        words += ["hardware.device=cpu"] if name == "train_vqgan_distributed.py" else []
+        more += TINY_TRAINING + ([] if "ckpt_path=last" in words else ["overwrite=true"])
+        more += ["dataset.phantom_size=[20,36,36]", "dataset.validation_fraction=0.2"]  # one of the two is held out
+        more += ["hardware.device=cpu"] if name == "train_vqgan_distributed.py" else []
     if name == "generate_samples.py":
-        words += ["--video_frames", "2"] + ([] if "--data_dir" in words else ["--data_dir", str(workplace / "test")])
-    if name == "tensorboard":
-        words.append("--version")
-        words[0] = str(Path(sys.executable).parent / "tensorboard")
-    return words
+        more += ["--video_frames", "2"] + ([] if "--data_dir" in words else ["--data_dir", str(workplace / "test")])
+    return more + (["--version"] if name == "tensorboard" else [])
 
 
-def attempt(line: str, workplace: Path, cwd: Path) -> None:
-    if line.startswith("cd "):
-        assert Path(line.removeprefix("cd ").replace("/workspace", str(workplace / "workspace"))).is_dir()
-        return
-    words = substituted(line, workplace, cwd)
-    extra = {"XDG_CACHE_HOME": str(workplace / "cache")}
+def attempt(guide: str, line: str, workplace: Path, checkout: Path) -> None:
+    """Run a command in a shell that has done nothing but what the guide did before it."""
+
+    def here(text: str) -> str:
+        text = text.replace("/folder/of/nii.gz", str(workplace / "nii"))
+        text = text.replace("/folder/of/test", str(workplace / "test"))
+        return re.sub(r"(?<![\w.])/workspace", str(workplace / "workspace"), text)
+
+    command = " ".join([here(line), *map(shlex.quote, further(line, workplace))])
+    script = "\n".join(["set -e", *map(here, preamble(guide, line)), command])
+    search = [part for part in os.environ["PATH"].split(":") if Path(part) != Path(sys.executable).parent]
+    extra = {"XDG_CACHE_HOME": str(workplace / "cache"), "PATH": ":".join(search)}
+    cwd = checkout if guide == GUIDES[-1].name else checkout / PACKAGE.name
     result = subprocess.run(
-        words, cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=300
-    )  # fmt: skip
-    assert result.returncode == 0, f"{shlex.join(words)}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+        ["bash", "-c", script], cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, f"{script}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("guide", "line"), [pair for pair in every_command() if not is_start(pair[1])])
 def test_a_command_of_a_guide_runs(guide: str, line: str, workplace: Path) -> None:
-    attempt(line, workplace, workplace / "run")
+    attempt(guide, line, workplace, workplace / "workspace/X-ray2CTPA")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("guide", [guide.name for guide in GUIDES])
 def test_the_training_commands_of_a_guide_run_one_after_the_other(guide: str, workplace: Path, tmp_path: Path) -> None:
+    checkout = make_checkout(tmp_path / "checkout")
     for name, line in every_command():
         if name == guide and is_start(line):
-            attempt(line, workplace, tmp_path)
+            attempt(guide, line, workplace, checkout)

@@ -27,20 +27,6 @@ SMALL = [
 ]
 
 
-@pytest.fixture
-def fake_python(tmp_path: Path) -> Path:
-    return fake_python_in(tmp_path / "bin")
-
-
-def fake_python_in(folder: Path) -> Path:
-    """A Python that has all packages and two GPUs, and answers at once."""
-    folder.mkdir()
-    path = folder / "python"
-    path.write_text("#!/bin/sh\necho 2\n")
-    path.chmod(0o755)
-    return path
-
-
 def launch(*arguments: object, cwd: Path, check: int = 0, **extra: str) -> subprocess.CompletedProcess[str]:
     command = [str(LAUNCH), *map(str, arguments)]
     result = subprocess.run(command, cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=300)
@@ -68,7 +54,7 @@ def test_one_machine_uses_all_its_gpus(tmp_path: Path, fake_python: Path) -> Non
     command = started(launch(*options, cwd=tmp_path))
     assert command[:2] == [str(fake_python), str(PACKAGE / "train/train_vqgan_distributed.py")]
     assert command[2:] == [
-        f"output_dir={tmp_path}/outputs", f"dataset.root_dir={folder}", "hardware.device=[0,1]",
+        f"output_dir='{tmp_path}/outputs'", f"dataset.root_dir='{folder}'", "hardware.device=[0,1]",
         "training.batch_size=4", "ckpt_path=last",
     ]  # fmt: skip
     assert "hardware.device=[0]" in started(launch(*options, "--gpus", 1, cwd=tmp_path))
@@ -79,35 +65,10 @@ def test_one_machine_uses_all_its_gpus(tmp_path: Path, fake_python: Path) -> Non
 def test_several_machines_by_torchrun(tmp_path: Path, fake_python: Path) -> None:
     options = ("--python", fake_python, "--dry-run", "--nodes", 2, "--master_addr", "node-a", "--node_rank", 1)
     command = started(launch(*options, cwd=tmp_path))
-    assert command[1:4] == ["-m", "torch.distributed.run", "--nnodes=2"]
+    assert command[:2] == ["env", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100"]
+    assert command[3:6] == ["-m", "torch.distributed.run", "--nnodes=2"]
     assert {"--nproc_per_node=2", "--node_rank=1", "--master_addr=node-a", "--master_port=29500"} <= set(command)
     assert {"hardware.device=[0,1]", "hardware.num_nodes=2"} <= set(command)
-
-
-def test_slurm_job_starts_one_torchrun_on_each_machine(tmp_path: Path, fake_python: Path) -> None:
-    """The submitted job is run by stand-ins of srun and scontrol: its quoting must survive two shells."""
-    folder = dataset_folder(tmp_path)
-    options = ("--python", fake_python, "--slurm", "--nodes", 2, "--gpus", 2, "--partition", "gpu", "--time", "1:00:00")
-    command = started(launch(*options, "--data_dir", folder, "--dry-run", cwd=tmp_path))
-    assert command[0] == "sbatch"
-    assert {"--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=2", "--partition=gpu", "--time=1:00:00"} <= set(
-        command
-    )
-    job = command[-1].removeprefix("--wrap=")
-    for name, text in (("srun", 'printf "%s\\n" "$@"'), ("scontrol", 'printf "first\\nsecond\\n"')):
-        path = fake_python.parent / name
-        path.write_text(f"#!/bin/sh\n{text}\n")
-        path.chmod(0o755)
-    search = f"{fake_python.parent}:{os.environ['PATH']}"
-    extra = {"PATH": search, "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "first,second"}
-    result = subprocess.run(["sh", "-c", job], env=environment(**extra), capture_output=True, text=True, check=True)
-    arguments = result.stdout.splitlines()
-    assert arguments[:4] == ["--kill-on-bad-exit=1", str(fake_python), "-m", "torch.distributed.run"]
-    assert {"--rdzv_endpoint=first:29500", "--rdzv_id=7", f"dataset.root_dir={folder}", "hardware.device=[0,1]"} <= set(
-        arguments
-    )
-    refused = launch(*options, "--data_dir", folder, cwd=tmp_path, check=2)
-    assert_one_line_error(refused, "sbatch")
 
 
 def test_what_is_refused_before_anything_starts(tmp_path: Path, fake_python: Path) -> None:
@@ -123,6 +84,9 @@ def test_what_is_refused_before_anything_starts(tmp_path: Path, fake_python: Pat
         (("--gpus", "two"), 2, "--gpus two"),
         (("--gpus", 3), 2, "has 2"),
         (("--nodes", 2), 2, "--node_rank"),
+        (("--slurm", "--dry-run"), 2, "--slurm needs --gpus"),
+        (("--partition", "gpu"), 2, "--partition"),
+        (("--sbatch", "--mem=64G"), 2, "--sbatch"),
         (("--nodes", 2, "--node_rank", 2, "--master_addr", "a"), 2, "--node_rank 2"),
         (("--data_dir", tmp_path / "none"), 3, "none"),
         (("--data_dir", few), 3, "holds 1"),
@@ -161,6 +125,18 @@ def test_setup_says_what_is_there_and_refuses_an_old_python(tmp_path: Path) -> N
     refused = subprocess.run([SETUP, "--check", "--python", str(old)], capture_output=True, text=True)
     assert refused.returncode == 2
     assert_one_line_error(refused, "python3", "3.11")
+
+
+@pytest.mark.slow
+def test_setup_takes_a_python_beside_the_caller(tmp_path: Path) -> None:
+    """A relative path is meant from where the command is given, not from the checkout."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").write_text(f'#!/bin/sh\necho asked >>"{tmp_path}/asked"\nexec "{sys.executable}" "$@"\n')
+    (tmp_path / "bin/python").chmod(0o755)
+    command = [SETUP, "--check", "--python", "./bin/python"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "asked").is_file()
 
 
 def test_shell_scripts_are_sound() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import nibabel as nib
 import numpy as np
@@ -16,9 +18,13 @@ from PIL import Image
 
 from dataset.intensity import HUWindow
 from dataset.sources import NiftiSource
+from dataset.store import write_store
 from dataset.volume_io import Volume, read_nifti, write_nifti
 from evaluation.metrics.image import volume_metrics
-from patchwise_512x512x604.evaluation_set import find_cases, whole_volume_metrics
+from evaluation.metrics.streamed import SliceStream
+from patchwise_512x512x604.evaluation_set import find_cases
+from patchwise_512x512x604.options import WEIGHTS
+from patchwise_512x512x604.utils.patch_utils import Kind
 from tests.helpers import PATCHWISE, REAL_DATA, ROOT, assert_one_line_error, environment, run
 from tests.patchwise.conftest import Script, unit_error
 
@@ -30,15 +36,18 @@ def data_option(name: str) -> str:
     return "--test_data" if name == "compute_metrics" else "--data_dir"
 
 
-def test_metrics_of_int16_volumes_are_those_of_unit_tensors() -> None:
+@pytest.mark.parametrize("shape", [(97, 20, 24), (37, 20, 24), (9, 20, 24), (50, 8, 24), (1, 12, 12)])
+@pytest.mark.parametrize("window", [WINDOW, HUWindow(-1024.0, 600.0)])
+def test_metrics_of_slices_as_they_come_are_those_of_the_volume(shape, window: HUWindow) -> None:
     rng = np.random.default_rng(0)
-    original = rng.integers(-1200, 1500, (37, 20, 24)).astype(np.int16)
-    noisy = np.clip(original + rng.normal(0, 60, original.shape), -1000, 1000).astype(np.int16)
-    expected = volume_metrics(*(WINDOW.to_unit(torch.from_numpy(x)) for x in (noisy, original)), WINDOW)
-    assert whole_volume_metrics(noisy, original, WINDOW) == pytest.approx(expected, rel=1e-4)
-    lung = HUWindow(-1024.0, 600.0)
-    expected = volume_metrics(*(lung.to_unit(torch.from_numpy(x)) for x in (noisy, original)), lung)
-    assert whole_volume_metrics(noisy, original, lung) == pytest.approx(expected, rel=1e-4)
+    original = rng.integers(-1200, 1500, shape).astype(np.int16)
+    noisy = np.clip(original + rng.normal(0, 60, shape), -1000, 1000).astype(np.int16)
+    expected = volume_metrics(*(window.to_unit(torch.from_numpy(x)) for x in (noisy, original)), window)
+    for step in (1, 16, 40):
+        stream = SliceStream(shape, window)
+        for first in range(0, shape[0], step):
+            stream.update(noisy[first : first + step], original[first : first + step])
+        assert stream.result() == pytest.approx(expected, rel=1e-5)
 
 
 def test_compute_metrics_reports_cases_and_intervals(script: Script, checkpoint: Path, volumes: Path) -> None:
@@ -72,6 +81,50 @@ def test_blending_and_halo_agree_and_are_told_apart(script: Script, checkpoint: 
         psnr[mode] = report["aggregate"]["psnr_db"]["mean"]
     assert psnr["halo"] != psnr["blend"]
     assert psnr["halo"] == pytest.approx(psnr["blend"], abs=1.5)
+
+
+def test_overlap_and_weights_are_those_of_the_command(script: Script, checkpoint: Path, volumes: Path) -> None:
+    assert get_args(Kind) == WEIGHTS
+    base = ("--checkpoint", checkpoint, "--test_data", volumes / "case_1.nii.gz", "--output", "report.json")
+    base += ("--mode", "blend", "--tile_size", 16, 16, 16)
+    reports = []
+    for options in ((), ("--overlap", 0.25, "--weights", "linear"), ("--overlap", 0.5), ("--weights", "gaussian")):
+        script("compute_metrics", *base, *options)
+        reports.append(json.loads(Path("report.json").read_text()))
+    figures = [(report["overlap"], report["weights"]) for report in reports]
+    assert figures == [(0.25, "linear"), (0.25, "linear"), (0.5, "linear"), (0.25, "gaussian")]
+    psnr = [report["cases"][0]["psnr_db"] for report in reports]
+    assert psnr[0] == psnr[1]
+    assert len(set(psnr)) == 3
+
+
+def test_a_store_gives_the_figures_of_its_nifti(script: Script, checkpoint: Path, volumes: Path) -> None:
+    """Read by slices, by two threads at a time, instead of whole."""
+    Path("stores").mkdir()
+    for number in (1, 2):
+        write_store(f"stores/case_{number}.b2nd", read_nifti(volumes / f"case_{number}.nii.gz"), {})
+    rows = {}
+    for kind, data in (("nifti", volumes), ("store", Path("stores"))):
+        script("compute_metrics", "--checkpoint", checkpoint, "--test_data", data, "--output", f"{kind}.json")
+        rows[kind] = json.loads(Path(f"{kind}.json").read_text())["cases"]
+    for ours, theirs in zip(rows["store"], rows["nifti"], strict=True):
+        assert ours | {"seconds": 0} == theirs | {"seconds": 0}
+    script(
+        "generate_samples", "--checkpoint", checkpoint, "--data_dir", "stores", "--output", "out", "--video_frames", 0
+    )
+    assert read_nifti("out/case_2.nii.gz").hu.shape == (26, 40, 36)
+
+
+def test_a_damaged_store_is_skipped_before_it_is_coded(script: Script, checkpoint: Path, volumes: Path) -> None:
+    Path("stores").mkdir()
+    for number in (1, 2):
+        write_store(f"stores/case_{number}.b2nd", read_nifti(volumes / f"case_{number}.nii.gz"), {})
+    content = bytearray(Path("stores/case_1.b2nd").read_bytes())
+    content[len(content) // 2] ^= 1
+    Path("stores/case_1.b2nd").write_bytes(content)
+    result = script("compute_metrics", "--checkpoint", checkpoint, "--test_data", "stores", check=4)
+    assert "case_1.b2nd" in result.stderr
+    assert [row["name"] for row in json.loads(Path("metrics_report.json").read_text())["cases"]] == ["case_2"]
 
 
 def test_generate_samples_writes_on_the_grid_of_the_input(script: Script, checkpoint: Path, volumes: Path) -> None:
@@ -141,6 +194,9 @@ def test_bad_settings_are_one_line(script: Script, checkpoint: Path, volumes: Pa
     for name, options in (
         ("compute_metrics", ("--tile_size", 15, 16, 16)),
         ("compute_metrics", ("--batch_size", 0)),
+        ("compute_metrics", ("--overlap", 0.5)),
+        ("generate_samples", ("--weights", "cosine")),
+        ("compute_metrics", ("--mode", "blend", "--overlap", 1)),
         ("generate_samples", ("--num_samples", 0)),
         ("generate_samples", ("--video_frames", -1)),
         ("validate_patches", ("--patch_size", 3, 16, 16)),
@@ -175,6 +231,20 @@ def test_cases_from_files_folders_and_stores(volumes: Path) -> None:
     (only,) = find_cases(volumes / "case_2.nii.gz")
     assert isinstance(only, NiftiSource)
     assert only.load().hu.shape == (26, 40, 36)
+
+
+def test_stores_beside_nifti_are_told(volumes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One store somewhere below must not make 2 volumes vanish without a word."""
+    shutil.copytree(volumes, tmp_path / "data")
+    (tmp_path / "data/cache").mkdir()
+    write_store(tmp_path / "data/cache/old.b2nd", read_nifti(volumes / "case_1.nii.gz"), {})
+    assert [case.name for case in find_cases(tmp_path / "data")] == ["old"]
+    (message,) = [text for text in caplog.messages if "left out" in text]
+    assert "1 stores (.b2nd) and 2 NIfTI files" in message
+    caplog.clear()
+    assert len(find_cases(volumes)) == 2
+    assert [case.name for case in find_cases(tmp_path / "data/cache")] == ["old"]
+    assert "left out" not in caplog.text
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -6,12 +6,15 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from dataset.intensity import HUWindow
+from dataset.store import write_store
+from dataset.volume_io import Volume
 from errors import ConfigurationError, InputError, MemoryExhaustedError
 from evaluation.reconstruct import reconstruct
 from patchwise_512x512x604.utils.background import WriteBehind, read_ahead
@@ -70,8 +73,20 @@ def test_blend_mode_is_near_and_its_overlap_counts(codec: VQCodec, hu: np.ndarra
         assert result.hu is not None
         error = np.abs(result.hu - expected)
         assert 0 < error.mean() < 0.2 * expected.std()  # seams, and nothing worse
-        assert int(result.code_counts.sum()) == result.tiles * 8 * 8 * 9
+        assert int(result.code_counts.sum()) == 12 * 10 * 13  # each cell of the volume once, whatever the overlap
     assert tiles == {0.0: 8, 0.75: 18}
+
+
+def test_codes_of_overlapping_tiles_are_those_of_the_tile_that_owns_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A codec without context gives every tile the same codes: counted once, they are those of the whole volume."""
+    codec = randomized(tiny_config(encoder_blocks=(0, 0, 0), decoder_blocks=(0, 0, 0))).eval()
+    monkeypatch.setattr(codec, "encode", lambda x: x[:, :, ::4, ::4, ::4].repeat(1, 4, 1, 1, 1))
+    hu = np.random.default_rng(1).integers(-1000, 1000, (45, 38, 50)).astype(np.int16)
+    whole = reconstruct_volume(codec, hu, WINDOW, mode="blend", tile_dhw=(48, 40, 52))
+    for overlap, batch in ((0.0, 1), (0.25, 3), (0.75, 4)):
+        tiled = reconstruct_volume(codec, hu, WINDOW, mode="blend", tile_dhw=TILE, overlap=overlap, batch=batch)
+        assert tiled.tiles > 1
+        assert torch.equal(tiled.code_counts, whole.code_counts)
 
 
 @pytest.mark.parametrize("mode", ["halo", "blend"])
@@ -244,3 +259,39 @@ def test_a_real_codec_takes_the_same_memory_at_any_depth() -> None:
     peaks = {depth: peak_mb(depth, 96, "halo", "real", "64,64,64") for depth in (151, 604)}
     assert max(peaks.values()) < 1000, peaks
     assert max(peaks.values()) - min(peaks.values()) < 60, peaks
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+import torch
+from dataset.intensity import HUWindow
+from dataset.sources import StoreSource
+from patchwise_512x512x604.evaluation_set import CaseLoop, Model
+from tests.vq_gan_3d.test_codec import randomized, tiny_config
+from vq_gan_3d.memory import peak_rss_bytes
+
+torch.set_num_threads(1)
+codec = randomized(tiny_config(encoder_blocks=(0, 0, 0), decoder_blocks=(0, 0, 0))).eval()
+codec.encode = lambda x: x[:, :, ::4, ::4, ::4].expand(-1, 4, -1, -1, -1) * 1.0
+codec.decode_quantized = lambda c: torch.nn.functional.interpolate(c[:, :1], scale_factor=4)
+model = Model(codec, HUWindow(), tile_dhw=(64, 128, 128))
+for _, volume in CaseLoop().over([StoreSource(Path(sys.argv[1]))]):
+    _, metrics = model.measure(volume.hu)
+assert {"ssim", "psnr_db", "seam_ratio"} <= metrics.keys()
+print(peak_rss_bytes() // 2**20)
+"""
+
+
+@pytest.mark.slow
+def test_measuring_a_store_takes_the_same_memory_at_any_depth(tmp_path: Path) -> None:
+    """What `compute_metrics` does with a `.b2nd`: 1200 slices of 256×256 are 157 MB for each copy that is held."""
+    peaks = {}
+    for depth in (300, 1200):
+        hu = np.random.default_rng(0).integers(-20, 60, (depth, 256, 256), np.int16)
+        write_store(tmp_path / f"{depth}.b2nd", Volume(hu, np.eye(4)), {})
+        code = [sys.executable, "-c", MEASURE, str(tmp_path / f"{depth}.b2nd")]
+        result = subprocess.run(code, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr[-2000:]
+        peaks[depth] = int(result.stdout)
+    assert peaks[1200] - peaks[300] < 60, peaks

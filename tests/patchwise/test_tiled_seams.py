@@ -9,7 +9,7 @@ import pytest
 
 from dataset.tiling import HaloTiling, Tiling
 from errors import InputError
-from evaluation.metrics.seams import seam_ratio
+from evaluation.metrics.seams import PlaneErrors, seam_ratio
 
 TILING = Tiling((40, 40, 40), (20, 20, 20), 0.0, (2, 2, 2))
 
@@ -49,6 +49,19 @@ def test_anatomy_that_changes_evenly_is_no_seam() -> None:
     error = line[:, None, None] * line[:, None] * line
     ratio = seam_ratio(original + error, original, Tiling((64, 64, 64), (32, 32, 32), 0.0, (4, 4, 4)))
     assert 1 <= ratio < 1.1
+
+
+@pytest.mark.parametrize("tiling", [TILING, Tiling((40, 40, 40), (16, 20, 24), 0.25, (2, 2, 2))])
+def test_slices_one_after_the_other_give_the_ratio_of_the_volume(tiling: Tiling) -> None:
+    rng = np.random.default_rng(0)
+    original, noisy = (rng.integers(-1000, 1000, tiling.shape_dhw).astype(np.int16) for _ in range(2))
+    errors = PlaneErrors(tiling.shape_dhw)
+    for first in (0, 7, 30):
+        last = {0: 7, 7: 30, 30: 40}[first]
+        errors.update(noisy[first:last], original[first:last], first)
+    assert errors.seam_ratio(tiling) == seam_ratio(noisy, original, tiling)
+    planes = np.abs(noisy.astype(int) - original).sum((0, 2))
+    assert errors.at(1, 12) == planes[11] + planes[12]
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

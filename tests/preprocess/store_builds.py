@@ -23,7 +23,9 @@ def build(source: Path, output: Path, *options: str, check: int | None = 0, **ex
 
 
 def one(source: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    defaults = {"sidecar": None, "grid": None, "overwrite": False, "version": BUILDER_VERSION}
+    defaults = {
+        "sidecar": None, "grid": None, "overwrite": False, "allow_no_air": False, "version": BUILDER_VERSION,
+    }  # fmt: skip
     return build_one(str(source), output=str(output), **(defaults | changes))
 
 

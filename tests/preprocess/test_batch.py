@@ -18,6 +18,7 @@ import pytest
 
 from errors import ConfigurationError, ExitCode, InputError, StorageError
 from preprocess.batch import BatchResult, Job, add_batch_arguments, run_batch, summarise
+from preprocess.batch_report import fingerprint
 from tests.helpers import ROOT, environment, wait_for
 from tests.preprocess.batch_jobs import work
 
@@ -151,6 +152,16 @@ def test_resume_sees_changed_arguments_and_inputs(tmp_path):
     assert [go(value=2), go(value=2)] == [0, 1]
     (scans / "2.dcm").touch()
     assert [go(value=2), go(value=2)] == [0, 1]
+
+
+def test_words_are_no_paths_whatever_lies_in_the_working_directory(tmp_path, monkeypatch):
+    arguments = {"rules": {"modality": "CT", "exclude_words": ["scout"]}, "views": ["frontal"]}
+    monkeypatch.chdir(tmp_path)
+    before = fingerprint("module:function", arguments, "")
+    for word in ("CT", "scout", "frontal"):
+        (tmp_path / word).mkdir()
+        (tmp_path / word / "1.dcm").touch()
+    assert fingerprint("module:function", arguments, "") == before
 
 
 def test_output_inside_the_input_does_not_make_a_job_new(tmp_path):

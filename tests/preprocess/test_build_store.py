@@ -23,7 +23,7 @@ from errors import InputError
 from preprocess.build_store import grid_name, parse_grid
 from tests.dataset.test_geometry import ALL_CODES, affines, shapes
 from tests.dataset.test_verification import volume
-from tests.helpers import REAL_DATA
+from tests.helpers import REAL_DATA, assert_one_line_error
 from tests.preprocess.store_builds import build, contents, one, phantoms, source
 
 __all__ = ["phantoms", "source"]
@@ -89,21 +89,34 @@ def test_t29_round_trip_is_exact(tmp_path_factory, shape, file_affine, seed):
     image = nib.Nifti1Image(hu, file_affine)
     image.header.set_sform(file_affine, 1)
     nib.save(image, folder / "ct.nii")
-    one(folder / "ct.nii", folder / "ct.b2nd", overwrite=True)
+    one(folder / "ct.nii", folder / "ct.b2nd", overwrite=True, allow_no_air=True)  # of a few random voxels
     original, stored = read_nifti(folder / "ct.nii"), open_store(folder / "ct.b2nd")
     np.testing.assert_array_equal(stored.hu[...], original.hu)
     np.testing.assert_array_equal(stored.affine, original.affine)
     assert stored.hu.dtype == np.int16
 
 
-def test_t30_clipped_voxels_are_counted(tmp_path):
+def test_t30_rounded_and_clipped_voxels_are_counted(tmp_path):
     values = np.zeros((4, 4, 4), np.float32)
     values.flat[:4] = [1.5, 40000, -40000, 32767.4]
     nib.save(nib.Nifti1Image(values, np.diag([-1.0, -1, 1, 1])), tmp_path / "ct.nii")
     one(tmp_path / "ct.nii", tmp_path / "ct.b2nd")
     stored = open_store(tmp_path / "ct.b2nd")
-    assert stored.metadata["clipped_voxels"] == 2
+    assert (stored.metadata["rounded_voxels"], stored.metadata["clipped_voxels"]) == (2, 2)
     assert sorted(np.unique(stored.hu[...])) == [-32768, 0, 2, 32767]
+
+
+@pytest.mark.parametrize("how", ["in [0, 1]", "shifted"])
+def test_a_volume_that_is_not_in_hu_is_refused(tmp_path, how):
+    chest = volume().hu.T
+    values = (chest + 1024) / 4096 if how == "in [0, 1]" else chest + 1024
+    nib.save(nib.Nifti1Image(values.astype(np.float32), np.diag([-1.0, -1, 1, 1])), tmp_path / "ct.nii")
+    with pytest.raises(InputError, match=r"ct\.nii: no voxel is below -300 HU.*--allow-no-air"):
+        one(tmp_path / "ct.nii", tmp_path / "ct.b2nd")
+    assert not (tmp_path / "ct.b2nd").exists()
+    assert_one_line_error(build(tmp_path, tmp_path / "out", check=3), "ct.nii", "--allow-no-air")
+    build(tmp_path, tmp_path / "out", "--allow-no-air")
+    assert open_store(tmp_path / "out" / "ct.b2nd").shape == volume().hu.shape
 
 
 def test_grids():
@@ -120,11 +133,12 @@ SIDECAR = {"format": 1, "shape_dhw": [20, 32, 40], "kvp": 120.0, "kernel": "B31f
 
 
 def test_the_sidecar_of_dicom_to_nifti_goes_into_the_store(source, tmp_path):
-    (source / "a.json").write_text(json.dumps(SIDECAR))
+    (source / "a.json").write_text(json.dumps(SIDECAR | {"PatientName": "CANARY^JANE"}))
     (source / "b.json").write_text(json.dumps({"PatientName": "CANARY^JANE", "Manufacturer": "GE"}))  # dcm2niix
     result = build(source, tmp_path / "out")
     assert open_store(tmp_path / "out" / "a.b2nd").metadata["sidecar"] == SIDECAR
     assert open_store(tmp_path / "out" / "b.b2nd").metadata["sidecar"] == {}
+    assert f"{source / 'a.json'}: 1 fields not of dicom_to_nifti" in result.stderr
     assert f"{source / 'b.json'}: not written by dicom_to_nifti" in result.stderr
     assert b"CANARY" not in b"".join(contents(tmp_path / "out").values())
 

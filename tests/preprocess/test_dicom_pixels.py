@@ -15,6 +15,7 @@ from errors import InputError
 from preprocess import dicom_pixels
 from preprocess.dicom_header import NotDicomError, NotImageError, read_header
 from preprocess.dicom_pixels import HU_FLOOR, read_stored
+from preprocess.dicom_rules import has_contrast
 from preprocess.dicom_series import read_series
 from tests.helpers import REAL_DATA
 from tests.preprocess.dicom_factory import (
@@ -60,6 +61,20 @@ def test_enhanced_multi_frame_gives_the_same_volume(tmp_path: Path, shuffle: boo
     result = read_series(frames_of(write(tmp_path, [enhanced(volume, shuffle=shuffle)]))).volume
     np.testing.assert_array_equal(result.hu, volume.hu)
     np.testing.assert_allclose(result.affine, volume.affine, atol=1e-9)
+
+
+@pytest.mark.parametrize(("agents", "expected"), [(["Iopamidol"], True), ([""], True), ([], None), (None, None)])
+def test_enhanced_objects_name_contrast_in_a_sequence(
+    tmp_path: Path, agents: list[str] | None, expected: bool | None
+) -> None:
+    dataset = enhanced(random_volume())
+    if agents is not None:
+        items = []
+        for meaning in agents:
+            items.append(Dataset())
+            items[-1].CodeMeaning = meaning
+        dataset.ContrastBolusAgentSequence = items
+    assert has_contrast(frames_of(write(tmp_path, [dataset]))[0]) is expected
 
 
 def test_overlay_bits_above_the_stored_ones_are_no_pixels(tmp_path: Path) -> None:
@@ -109,6 +124,20 @@ def test_t20_lost_intercept_is_noticed_by_the_absence_of_air(tmp_path: Path) -> 
     paths = series(tmp_path, random_volume(), lambda dataset, index: setattr(dataset, "RescaleIntercept", "0"))
     with pytest.raises(InputError, match="there is no air"):
         read_series(frames_of(paths))
+
+
+def test_t20_an_intercept_that_was_applied_twice_is_noticed_by_the_absence_of_soft_tissue(tmp_path: Path) -> None:
+    volume = random_volume()
+    volume.hu[:] = np.where(volume.hu < 500, -1000, 40)  # air and soft tissue
+    volume.hu[0, 0, :2] = 1100  # dense bone, which lands where soft tissue should be
+
+    def change(dataset: Dataset, index: int) -> None:
+        dataset.PixelRepresentation = 1
+        set_stored(dataset, volume.hu[index], "<i2")  # HU already, and the intercept is still -1024
+
+    with pytest.raises(InputError, match=r"IM0000\.dcm: .*no soft tissue"):
+        read_series(frames_of(series(tmp_path / "twice", volume, change)))
+    np.testing.assert_array_equal(hu_of(series(tmp_path / "once", volume)), volume.hu)
 
 
 @pytest.mark.parametrize("declared", [True, False])

@@ -50,6 +50,30 @@ def test_words_are_whole_words(frames: list[Slice]) -> None:
     assert objections(with_scan(frames, text="chest mipping doses dosed"), RULES) == []
 
 
+@pytest.mark.parametrize(
+    "text", ["low dose chest ct", "ctpa bolus tracking 1.0", "LOW-DOSE", "Bolus Tracking", "dose modulated"]
+)
+def test_words_of_ordinary_scans_exclude_nothing(frames: list[Slice], text: str) -> None:
+    assert objections(with_scan(frames, text=text), RULES) == []
+
+
+def test_a_dose_report_is_no_scan(frames: list[Slice]) -> None:
+    assert objections(with_scan(frames, text="Dose Report"), RULES) == ["excluded by the word 'dose report'"]
+
+
+def test_only_the_text_of_the_series_excludes_it(tmp_path: Path) -> None:
+    def of_the_study(dataset: Dataset, index: int) -> None:
+        dataset.StudyDescription = dataset.ProtocolName = "Lung perfusion, dose report, scout"
+        dataset.ImageComments = "swapped"
+
+    def of_the_series(dataset: Dataset, index: int) -> None:
+        dataset.SeriesDescription = "Lung perfusion"
+
+    assert objections(frames_of(series(tmp_path / "1", random_volume(), of_the_study)), RULES) == []
+    (reason,) = objections(frames_of(series(tmp_path / "2", random_volume(), of_the_series)), RULES)
+    assert reason == "excluded by the word 'perfusion'"
+
+
 def test_coronal_series_is_not_axial(tmp_path: Path) -> None:
     def coronal(dataset: Dataset, index: int) -> None:
         dataset.ImageOrientationPatient = ["1", "0", "0", "0", "0", "-1"]
@@ -68,8 +92,8 @@ def test_contrast_then_kernel_then_thin_slices_decide(frames: list[Slice]) -> No
     assert preference(native, SeriesRules(contrast="any"))[0] == 0.0
 
 
-@pytest.mark.parametrize(("text", "expected"), [("", False), ("NONE", False), ("w/o", False), ("Omnipaque 350", True)])
-def test_what_counts_as_contrast(frames: list[Slice], text: str, expected: bool) -> None:
+@pytest.mark.parametrize(("text", "expected"), [("", None), ("NONE", False), ("w/o", False), ("Omnipaque 350", True)])
+def test_what_counts_as_contrast(frames: list[Slice], text: str, expected: bool | None) -> None:
     assert has_contrast(with_scan(frames, contrast=text)[0]) is expected
 
 

@@ -7,9 +7,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK
+from pydicom.dataset import Dataset
 
 from dataset.phantom_dicom import SeriesTags, phantom_volume, write_dicom_series
 from dataset.volume_io import read_nifti
+from preprocess.dicom_sidecar import FIELDS, NO_PATIENT_NOTE
 from tests.helpers import REAL_DATA, assert_one_line_error, run
 from tests.preprocess.dicom_factory import TAGS, convert, datasets, random_volume, series, write
 
@@ -147,6 +149,46 @@ def test_t19_tilt_is_resampled_with_its_provenance(tmp_path: Path) -> None:
     convert(source, output, "--resample-tilt")
     (path,) = (path for path in output.glob("*.json") if path.name != "dicom_report.json")
     assert json.loads(path.read_text())["tilt_resampled_deg"] == pytest.approx(26.565, abs=1e-3)
+
+
+def sidecar_of(output: Path) -> dict:
+    (path,) = (path for path in output.glob("*.json") if path.name != "dicom_report.json")
+    return json.loads(path.read_text())
+
+
+def test_a_scout_in_the_first_file_does_not_refuse_its_series(tmp_path: Path) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+
+    def scout_first(dataset: Dataset, index: int) -> None:
+        if index == 0:
+            dataset.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+            dataset.ImageOrientationPatient = ["1", "0", "0", "0", "0", "-1"]
+            dataset.SliceThickness = "600"
+
+    volume = random_volume((35, 10, 8))
+    series(source, volume, scout_first)
+    convert(source, output)
+    (path,) = output.glob("*.nii.gz")
+    np.testing.assert_array_equal(read_nifti(path).hu, volume.hu[1:])
+    assert sidecar_of(output)["localizers_dropped"] == 1
+
+
+def test_the_sidecar_has_its_known_fields_and_unknown_contrast_is_null(tmp_path: Path) -> None:
+    for name, contrast, expected in (("a", "Omnipaque", True), ("b", "none", False), ("c", "", None)):
+        tags = SeriesTags(TAGS.patient, contrast=contrast)
+        series(tmp_path / name, random_volume((34, 10, 8)), tags=tags)
+        convert(tmp_path / name, tmp_path / f"{name} out")
+        facts = sidecar_of(tmp_path / f"{name} out")
+        assert facts.keys() == FIELDS
+        assert facts["contrast"] is expected
+        assert facts["notes"] == []
+
+
+def test_an_absent_patient_id_is_noted(tmp_path: Path) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    series(source, random_volume((34, 10, 8)), lambda dataset, index: setattr(dataset, "PatientID", ""))
+    convert(source, output)
+    assert sidecar_of(output)["notes"] == [NO_PATIENT_NOTE]
 
 
 def test_no_dicom_and_no_folder_are_bad_input(tmp_path: Path) -> None:

@@ -66,6 +66,17 @@ def test_t24_to_t27_one_bad_file_is_the_last_line(folder, tmp_path, name):
     assert_one_line_error(result, str(folder / name))
 
 
+def test_volumes_without_air_are_bad_unless_they_are_crops(folder):
+    tissue = Volume(np.full((4, 8, 8), 40, np.int16), volume().affine)
+    write_nifti(folder / "crop.nii", tissue)
+    write_store(folder / "deep" / "crop.b2nd", tissue, {})
+    for _ in range(2):  # the second time from memory
+        result = verify(folder, check=3)
+        assert_one_line_error(result, "2 of 8 files are bad", "crop.nii", "below -300 HU", "--allow-no-air")
+        assert str(folder / "deep" / "crop.b2nd") in result.stdout
+        assert "8 of 8 files are good" in verify(folder, "--allow-no-air").stdout
+
+
 def test_usage_errors(tmp_path):
     (tmp_path / "empty").mkdir()
     assert_one_line_error(verify(tmp_path / "empty", check=3), "holds no .nii")
@@ -75,7 +86,7 @@ def test_usage_errors(tmp_path):
 
 @pytest.mark.slow
 def test_a_second_run_over_2000_files_takes_seconds(folder):
-    tiny = Volume(np.zeros((4, 8, 8), np.int16), volume().affine)
+    tiny = Volume(np.full((4, 8, 8), -1000, np.int16), volume().affine)
     write_nifti(folder / "one.nii.gz", tiny)
     data = (folder / "one.nii.gz").read_bytes()
     for index in range(2000):

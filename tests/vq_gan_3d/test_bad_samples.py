@@ -122,6 +122,26 @@ def test_cached_volumes_over_the_cap(train: Train, folder: Path, after_preparati
     assert_one_line_error(result, "3 of 20 samples", "dataset.max_bad_fraction", "is damaged")
 
 
+@pytest.mark.slow
+def test_a_resumed_run_still_tells_what_was_skipped_before(
+    train: Train, folder: Path, after_preparation: Callable[..., None]
+) -> None:
+    """The cached volume is made again from its source, so that the continuation itself skips nothing."""
+    spoilt: list[str] = []
+
+    def spoil_once(data: VolumeDataModule) -> None:
+        if not spoilt:
+            volume = data.datasets["training"].volumes[0]
+            volume.path.write_bytes(b"")
+            spoilt.append(volume.name)
+
+    after_preparation(spoil_once)
+    train(*nifti(folder, "training.num_epochs=1"), check=4)
+    result = train(*nifti(folder, "training.num_epochs=2", "ckpt_path=last"), check=4)
+    assert result.stderr.count("skipped ") == 1
+    assert spoilt[0] in result.stderr
+
+
 def raises(self: VolumeDataset, volume: PreparedVolume, epoch: int, index: int) -> None:
     raise ZeroDivisionError("an accident")
 

@@ -149,6 +149,23 @@ def test_the_newest_valid_one_is_found_and_the_rejected_are_named(tmp_path: Path
         find_resumable(tmp_path)
 
 
+def test_the_newest_is_the_one_with_most_steps_whatever_its_time(tmp_path: Path) -> None:
+    """A run that was copied without its times: all are as old as the copying made them."""
+    steps = {"epoch_00_step_0002.ckpt": 2, "best.ckpt": 5, "epoch_02_step_0010.ckpt": 10, "last.ckpt": 10}
+    for age, (name, count) in enumerate(reversed(steps.items())):
+        state = {"steps": torch.tensor(count), "weight": torch.zeros(10)}
+        save_checkpoint(tmp_path / name, {"state_dict": state, "current_model_state": state})
+        aged(tmp_path / name, age)
+    order = ["epoch_02_step_0010.ckpt", "last.ckpt", "best.ckpt", "epoch_00_step_0002.ckpt"]
+    assert [path.name for path in newest_first(tmp_path)] == order
+    (tmp_path / "epoch_00_step_0002.ckpt").write_bytes(b"")  # damaged, but older by its name: nothing to tell
+    assert find_resumable(tmp_path) == (tmp_path / order[0], [])
+    (tmp_path / "best.ckpt").write_bytes(b"x" * 100)  # damaged, and nobody knows how old
+    path, (reason,) = find_resumable(tmp_path)
+    assert path.name == order[0]
+    assert "best.ckpt" in reason
+
+
 def test_nothing_to_resume(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(InputError, match="no checkpoint to resume from"):

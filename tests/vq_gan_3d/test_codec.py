@@ -1,4 +1,4 @@
-"""The codec: shapes, refusals, and the receptive field that makes tiles equal the whole volume (T60-T63)."""
+"""The codec: shapes, refusals, and the receptive field that makes tiles equal the whole volume."""
 
 from __future__ import annotations
 
@@ -97,6 +97,7 @@ def test_sizes_that_do_not_divide_are_refused(size, total):
         ({"quantizer": "vq", "n_codes": 3}, "ema, simvq or fsq"),
         ({"n_codes": 256}, "512"),
         ({"fsq_levels": (1, 8, 8, 8)}, "at least 2"),
+        ({"fsq_levels": (16, 16, 16, 8)}, "model.entropy_weight"),
     ],
 )
 def test_bad_configurations_are_refused(values, words):

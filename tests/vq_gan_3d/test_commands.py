@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import signal
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from tests.helpers import BASELINE, PATCHWISE, ROOT, assert_one_line_error, kill, run, start
+from tests.helpers import BASELINE, PATCHWISE, ROOT, TINY, assert_one_line_error, kill, run, start
 from tests.vq_gan_3d.conftest import Train
 from vq_gan_3d.checkpointing import load_checkpoint
 
@@ -32,6 +33,13 @@ STEPS = "training.max_steps=2"
         ("dataset.validation=[someone]", 2, ["dataset.validation", "someone"]),
         ("training.batch_size=6", 2, ["training.batch_size"]),
         ("training.accumulate_grad_batches=3", 2, ["training.max_steps=2", "training.accumulate_grad_batches=3"]),
+        ("training.accumulate_grad_batches=0", 2, ["training.accumulate_grad_batches=0"]),
+        ("training.batch_size=0", 2, ["training.batch_size=0"]),
+        ("training.checkpoint_every_n_epochs=0", 2, ["training.checkpoint_every_n_epochs=0"]),
+        ("training.validate_every_n_epochs=0", 2, ["training.validate_every_n_epochs=0"]),
+        ("logger.every_n_steps=0", 2, ["logger.every_n_steps=0"]),
+        ("training.gradient_clip_val=-1", 2, ["training.gradient_clip_val=-1"]),
+        ("hardware.num_nodes=2", 2, ["hardware.num_nodes=2", "torchrun"]),
         ("training.lr_schedule=linear", 2, ["training.lr_schedule='linear'"]),
         ("model.quantizer=vq", 2, ["model.quantizer='vq'"]),
         ("model.lpips_weight=1", 2, ["model.lpips_weights"]),
@@ -72,7 +80,13 @@ def test_overwrite_deletes_nothing_before_all_is_checked(train: Train, tmp_path:
     for override in ("hardware.device=tpu", "training.accumulate_grad_batches=3", "dataset.root_dir=/nowhere"):
         train(STEPS, "overwrite=true", override, check=2)
         assert {path: path.read_bytes() for path in checkpoints.iterdir()} == before
+    kept = {path: path.stat().st_size for path in (tmp_path / "outputs").rglob("*") if path.is_file()}
     train("training.max_steps=1", "overwrite=true")
+    assert [path.name for path in (tmp_path / "outputs/validation_results").iterdir()] == [
+        "step_0001_phantom_00000.png"
+    ]
+    (events,) = (tmp_path / "outputs/tensorboard_logs").glob("events.*")
+    assert events not in kept
     assert int(load_checkpoint(checkpoints / "last.ckpt")["current_model_state"]["steps"]) == 1
 
 
@@ -94,6 +108,8 @@ def test_what_a_run_leaves_behind(train: Train, tmp_path: Path) -> None:
     assert [line.split(",")[0] for line in tables["train.csv"]] == ["step", "2", "4", "6", "8", "10", "12"]
     assert [line.split(",")[0] for line in tables["validation.csv"]] == ["step", "5", "10", "12"]
     assert "psnr_db" in tables["validation.csv"][0]
+    header, *rows = (line.split(",") for line in tables["train.csv"])
+    assert [float(row[header.index("lr")]) for row in rows] == [pytest.approx(3e-4)] * 6
     assert list((output / "tensorboard_logs").glob("events.out.tfevents.*"))
     pictures = sorted(path.name for path in (output / "validation_results").iterdir())
     assert pictures == [f"step_{step:04d}_phantom_00000.png" for step in (5, 10, 12)]
@@ -105,6 +121,20 @@ def test_what_a_run_leaves_behind(train: Train, tmp_path: Path) -> None:
         assert re.search(r"parameters: generator +\d", text)
         assert "done: checkpoints in outputs/checkpoints" in text
     assert not list(output.rglob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", sorted(path.stem for path in (ROOT / "config/debug").glob("*.yaml")))
+def test_debug_groups(train: Train, tmp_path: Path, group: str) -> None:
+    """With the cohort, the workers and the starts that each sets itself."""
+    own = ("dataset.n_patients", "training.num_workers", "training.warmup_steps", "model.discriminator_iter_start")
+    small = [option for option in TINY if not option.startswith(own)]
+    train(*small, f"debug={group}", "dataset.cache_dir=cache", tiny=False)
+    assert (tmp_path / "outputs/checkpoints/final.ckpt").is_file()
+    if group == "overfit":
+        with (tmp_path / "outputs/logs/train.csv").open(newline="") as file:
+            losses = [float(row["l1"]) for row in csv.DictReader(file)]
+        assert losses[-1] < 0.5 * losses[0]
 
 
 CONFIGS = [(ROOT / script).parents[1] / "config" for script in (BASELINE, PATCHWISE)]

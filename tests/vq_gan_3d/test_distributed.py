@@ -1,4 +1,4 @@
-"""Two processes of batch 1 train as one process of batch 2: gradients, buffers, weights (T15, T16)."""
+"""Two processes of batch 1 train as one process of batch 2: gradients, buffers, weights."""
 
 from __future__ import annotations
 
@@ -106,6 +106,46 @@ def test_two_processes_give_the_gradients_of_one(tmp_path, quantizer):
     # and the batches differ
     name = "generator.decoder.head.weight"
     assert relative(one["gradients"][0][name], one["gradients"][2][name]) > 1e-2
+
+
+LEDGER = """
+import sys
+import torch.distributed as dist
+from errors import InputError
+from vq_gan_3d.callbacks import SkipLedger
+
+rank, store, cap = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+ledger = SkipLedger(20, cap, {"known": "known.nii.gz: bad"})
+ledger.on_train_batch_end(None, None, None, {"skipped": [(f"case_{rank}", f"case_{rank}.nii.gz: bad")]}, 0)
+checkpoint = {}
+ledger.on_save_checkpoint(None, None, checkpoint)
+try:
+    ledger.on_train_epoch_end(None, None)
+    print(sorted(ledger.reasons), sorted(checkpoint["skipped"]))
+except InputError as error:
+    print(error)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cap", "words"), [(0.2, "['case_0', 'case_1', 'known'] ["), (0.1, "3 of 20 samples")])
+def test_what_any_rank_skips_reaches_all(tmp_path, cap, words):
+    script = tmp_path / "ledger.py"
+    script.write_text(LEDGER)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(number), str(tmp_path / "store"), str(cap)],
+            env=environment(), stdout=subprocess.PIPE, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        assert words in out
+        assert out.count("case_0") == out.count("case_1")
 
 
 COHORT = ["dataset.n_patients=8", "dataset.validation=[phantom_00000,phantom_00001]", "hardware.mixed_precision=off"]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from dataset.volume_io import Volume, write_nifti
 from tests.helpers import BASELINE, STATE_KEYS, assert_one_line_error, assert_same_state, kill, start, wait_for
 from tests.vq_gan_3d.conftest import Train
 from vq_gan_3d.checkpointing import load_checkpoint
+from vq_gan_3d.vqgan import VQGAN
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -74,9 +79,48 @@ def test_t09_the_best_checkpoint_resumes_exactly(tmp_path: Path, train: Train) -
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("where", ["best", "signal"])
+def test_an_epoch_that_ends_within_a_window_resumes_exactly(
+    tmp_path: Path, train: Train, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Five batches and windows of two: the fifth has no step, so it is left out, and nothing of it is lost."""
+    options = ["training.accumulate_grad_batches=2", "model.discriminator_iter_start=999"]
+    train(*options, "training.max_steps=12", "output_dir=whole")
+    if where == "best":
+        train(*options, "training.num_epochs=1", "output_dir=parts")
+        start = tmp_path / "parts/checkpoints/best.ckpt"
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                VQGAN, "on_validation_epoch_start", lambda self: os.kill(os.getpid(), signal.SIGTERM), raising=True
+            )
+            train(*options, "training.max_steps=12", "output_dir=parts", check=143)
+        start = tmp_path / "parts/checkpoints/last.ckpt"
+    assert int(load_checkpoint(start)["current_model_state"]["steps"]) == 4
+    train(*options, "training.max_steps=12", "output_dir=rest", f"ckpt_path={start}")
+    assert_same_run(tmp_path / "whole/checkpoints/final.ckpt", tmp_path / "rest/checkpoints/final.ckpt")
+    refused = train("training.accumulate_grad_batches=6", "output_dir=no", check=2)
+    assert_one_line_error(refused, "training.accumulate_grad_batches=6", "only 5 batches")
+
+
+def phantoms_of_the_same_names(folder: Path) -> Path:
+    """Files that are called as the phantoms are, and hold something else."""
+    other = folder / "ct"
+    other.mkdir()
+    for number in range(6):
+        hu = np.full((16, 32, 32), number, np.int16)
+        write_nifti(other / f"phantom_{number:05d}.nii.gz", Volume(hu, np.diag([2.0, 2.0, 2.0, 1.0])))
+    return other
+
+
+@pytest.mark.slow
 def test_t14_other_settings_are_refused_by_name(tmp_path: Path, train: Train) -> None:
     train("training.max_steps=1")
+    other = phantoms_of_the_same_names(tmp_path)
     for override, key in (
+        ("dataset.validation=[phantom_00001]", "dataset (volumes)"),  # held out there, trained on here
+        ("dataset.validation_fraction=0.6", "dataset (volumes)"),
+        (f"dataset.root_dir={other}", "dataset (volumes)"),
         ("training.seed=1", "training.seed (0 there, 1 here)"),
         ("training.batch_size=2", "training.batch_size"),
         ("dataset.n_patients=7", "dataset (volumes)"),

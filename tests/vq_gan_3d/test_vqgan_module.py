@@ -14,7 +14,7 @@ from dataset.intensity import HUWindow
 from errors import ConfigurationError, DivergedError
 from tests.vq_gan_3d.test_lpips import random_weights
 from vq_gan_3d.codec import CodecConfig
-from vq_gan_3d.optimization import GuardedOptimizer, learning_rate_factor
+from vq_gan_3d.optimization import GuardedOptimizer
 from vq_gan_3d.vqgan import VQGAN, LossConfig, OptimizerConfig
 
 TINY_CODEC = {"widths": (4, 4, 8), "encoder_blocks": (1, 1, 1), "decoder_blocks": (1, 1, 1), "embedding_dim": 8}
@@ -290,22 +290,7 @@ def test_a_step_with_nan_gradients_is_skipped_and_many_end_training(monkeypatch)
     assert all(value.isfinite().all() for value in module.state_dict().values())
 
 
-def test_learning_rate_factors():
-    constant, cosine = (OptimizerConfig(warmup_steps=10, lr_schedule=kind) for kind in ("constant", "cosine"))
-    assert [learning_rate_factor(step, constant, 100) for step in (1, 5, 10, 100)] == pytest.approx([0.1, 0.5, 1, 1])
-    assert learning_rate_factor(50, cosine, 100) == pytest.approx(0.525)
-    assert learning_rate_factor(100, cosine, 100) == pytest.approx(0.05)
-    rates = [learning_rate_factor(step, cosine, 100) for step in range(10, 101)]
-    assert rates == sorted(rates, reverse=True)
-    assert learning_rate_factor(1, OptimizerConfig(warmup_steps=0), 0) == 1
-
-
 @pytest.mark.parametrize("values", [{"discriminator_loss": "wgan"}, {"lpips_weight": 1.0}])
 def test_bad_loss_settings(values):
     with pytest.raises(ConfigurationError, match=r"model\."):
         LossConfig(**values)
-
-
-def test_bad_schedule():
-    with pytest.raises(ConfigurationError, match=r"training\.lr_schedule"):
-        OptimizerConfig(lr_schedule="linear")
