@@ -35,9 +35,10 @@ VERSION = 2
 # waste little at a patch's border, but each costs a call; whole blocks are read, never whole chunks.
 CHUNKS_DHW = (32, 128, 128)
 BLOCKS_DHW = (16, 32, 64)
-# What bit shuffling leaves of a CT is noise, on which the codec matters little for size and much for speed. Processor time
-# of a patch, speed of writing and share of raw int16 on lidc_0001 (2026-11-23): LZ4 at level 9 24 ms, 316 MB/s, 44.0 %;
-# LZ4HC 3 26 ms, 61 MB/s, 42.2 %; Zstd 1 46 ms, 221 MB/s, 40.0 %. On lidc_0002 LZ4 leaves 33.1 %, on a phantom 49 %.
+# What bit shuffling leaves of a CT is noise, on which the codec matters little for size and much for speed. Processor
+# time of a patch, speed of writing and share of raw int16 on lidc_0001 (2026-11-23): LZ4 at level 9 24 ms, 316 MB/s,
+# 44.0 %; LZ4HC 3 26 ms, 61 MB/s, 42.2 %; Zstd 1 46 ms, 221 MB/s, 40.0 %. On lidc_0002 LZ4 leaves 33.1 %, on a phantom
+# 49 %.
 _CODEC = blosc2.Codec.LZ4
 _COMPRESSION_LEVEL = 9
 

@@ -27,7 +27,8 @@ class ClassifierGuidance:
             `ddpm.network.LatentDiffusion.sample` takes one of squashed codes, as ``PEClassifier(input=latent)`` is, and
             brings latents to those. One that judges volumes is wrapped together with the decoder.
         label: (B,) int64 classes.
-        scale: 0 is off, 1 is Bayes' rule.
+        scale: 0 is off, 1 is Bayes' rule for cells that vary by themselves. Those of a latent vary together, which the
+            covariance that is used leaves out: scales of tens move a sample as a whole.
     """
 
     classifier: Classifier

@@ -111,7 +111,7 @@ def radiographs_of(
 ) -> tuple[tuple[Path, ...], ...]:
     """For each view all radiographs to choose from: the patient's own, else the one rendered from the CT.
 
-    Real and rendered ones are not mixed for a patient (as `dataset.drr.xrays_for`, which gives one for each view).
+    Real and rendered ones are not mixed for a patient.
 
     Raises:
         InputError: a radiograph or the volume is damaged.
