@@ -93,19 +93,6 @@ class Tiling:
         )
         return d, h, w
 
-    def own(self, start_dhw: Triple) -> tuple[slice, slice, slice]:
-        """What the tile at ``start_dhw`` answers for, in voxels from its start: overlaps are halved, on the stride's grid.
-
-        The own parts of all tiles fill the volume, padded to the stride, once.
-        """
-        d, h, w = (
-            _own(line, tile, start, round_up(length, stride), stride)
-            for line, tile, start, length, stride in zip(
-                self.starts, self.tile_dhw, start_dhw, self.shape_dhw, self.stride_dhw, strict=True
-            )
-        )
-        return d, h, w
-
     @property
     def counts(self) -> Triple:
         """Tiles along D, H and W."""
@@ -252,14 +239,6 @@ def _axis_starts(length: int, tile: int, step: int) -> tuple[int, ...]:
 
 def _own(starts: Sequence[int], tile: int, start: int, limit: int, stride: int) -> slice:
     """What the tile at ``start`` answers for along an axis, from middle to middle of its overlaps, from its start."""
-    place = starts.index(start)
-    middles = [(a + tile + b) // 2 // stride * stride for a, b in itertools.pairwise(starts)]
-    first, last = ([0, *middles][place], [*middles, limit][place])
-    return slice(first - start, last - start)
-
-
-def _own(starts: Sequence[int], tile: int, start: int, limit: int, stride: int) -> slice:
-    """What the tile at ``start`` has for itself of an axis, up to the middle of each overlap, counted from its start."""
     place = starts.index(start)
     middles = [(a + tile + b) // 2 // stride * stride for a, b in itertools.pairwise(starts)]
     first, last = ([0, *middles][place], [*middles, limit][place])

@@ -158,18 +158,6 @@ def decoder_tiles(codec: VQCodec, grid: Triple, tile_dhw: Triple | None, runner:
     return FittingTiles(codec.config, codec.config.receptive_halo_vox()[1], (d, h, w), tile_dhw, runner)
 
 
-def encoder_tiles(codec: VQCodec, hu: HUArray, tile_dhw: Triple | None, runner: TileRunner) -> FittingTiles:
-    """The tiles in which a volume is encoded."""
-    d, h, w = hu.shape
-    return FittingTiles(codec.config, codec.config.receptive_halo_vox()[0], (d, h, w), tile_dhw, runner)
-
-
-def decoder_tiles(codec: VQCodec, grid: Triple, tile_dhw: Triple | None, runner: TileRunner) -> FittingTiles:
-    """The tiles in which a code of that grid (d, h, w) is decoded."""
-    d, h, w = (cells * step for cells, step in zip(grid, codec.config.total_stride, strict=True))
-    return FittingTiles(codec.config, codec.config.receptive_halo_vox()[1], (d, h, w), tile_dhw, runner)
-
-
 def read_rows(hu: HUArray, tiling: HaloTiling, start: int = 0) -> Iterator[tuple[list[HaloTile], np.ndarray]]:
     """The tiles of each depth with the slices they look at, (window depth, padded H, padded W), padded with air.
 

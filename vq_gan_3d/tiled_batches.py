@@ -21,13 +21,8 @@ Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
 logger = logging.getLogger(__name__)
 
-# For the features of one tile, at most. Halos make small tiles dear: with 1 GiB a volume of 604×512×512 costs the default
-# codec 3.1 times the work of its voxels, with 8 GiB 1.32 times; with 16 GiB and all beyond 1.27 times, for which a larger
-# GPU need not be filled.
-_BUDGET_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
-_LEAST_BUDGET_BYTES = 1 << 26  # a tile is not made smaller than this before memory counts as exhausted
-# For the features of one tile, at most. Halos make small tiles dear: 1 GiB costs the default codec 3.1 times the work of
-# a 604×512×512 volume, 8 GiB 1.32 times. 16 GiB and all beyond cost 1.27 times, so a larger GPU need not be filled.
+# For the features of one tile, at most. Halos make small tiles dear: 1 GiB costs the default codec 3.1 times the work
+# of a 604×512×512 volume, 8 GiB 1.32 times. 16 GiB and all beyond cost 1.27 times, so a larger GPU need not be filled.
 _BUDGET_BYTES = {"cpu": 1 << 30, "cuda": 8 << 30}
 _LEAST_BUDGET_BYTES = 1 << 26  # a tile is not made smaller than this before memory counts as exhausted
 _EDGES_VOX = (32, 48, 64, 96, 128, 160, 192, 256, 320, 384, 512, 640)
@@ -178,95 +173,7 @@ def computing_in(precision: torch.dtype | None, device: torch.device) -> Iterato
         with torch.autocast(device.type, precision):
             yield
         return
-    convolutions = torch.backends.cudnn.conv
-    before = convolutions.fp32_precision
-    convolutions.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        convolutions.fp32_precision = before
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory of a CUDA device that new tensors can have: what nobody holds, and what torch holds for reuse."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
-def tile_budget(device: torch.device) -> int:
-    """Memory for one tile in bytes: on CUDA at most half of what is free.
-
-    That half is rounded down to a power of two: a few MB that another process holds must not cut a volume otherwise.
-    """
-    most = _BUDGET_BYTES.get(device.type, _BUDGET_BYTES["cpu"])
-    if device.type != "cuda":
-        return most
-    return min(most, max(_LEAST_BUDGET_BYTES, 1 << max(0, (free_bytes(device) // 2).bit_length() - 1)))
-
-
-class FittingTiles:
-    """The halo tiles of a volume: of a size that was asked for, or as large as the memory allows.
-
-    With halo tiles of any size the result is the same, so a volume that was begun with one size goes on with a smaller
-    one where a tile of the first turns out not to fit.
-
-    Args:
-        config: of the codec.
-        halo_dhw: how far its encoder or decoder looks, in voxels.
-        shape_dhw: of the volume.
-        tile_dhw: of a tile, halo included; None: `default_tile` for `tile_budget`, halved on out-of-memory.
-        runner: what will run the tiles.
-
-    Attributes:
-        tiling: the present one.
-
-    Raises:
-        ConfigurationError: as `HaloTiling`.
-    """
-
-    def __init__(
-        self, config: CodecConfig, halo_dhw: Triple, shape_dhw: Triple, tile_dhw: Triple | None, runner: TileRunner
-    ) -> None:
-        self.runner = runner
-        self._config, self._halo, self._shape = config, halo_dhw, shape_dhw
-        self._budget = tile_budget(runner.device) if tile_dhw is None else 0
-        self.tiling = self._tiling(tile_dhw)
-
-    def attempt(
-        self, compute: Callable[Arguments, Result], *arguments: Arguments.args, **named: Arguments.kwargs
-    ) -> Result | None:
-        """What ``compute`` returns; ``None`` where a tile did not fit: `tiling` has smaller tiles now.
-
-        Raises:
-            MemoryExhaustedError: the size was asked for, or is the least already.
-        """
-        try:
-            return compute(*arguments, **named)
-        except MemoryExhaustedError:
-            if self._budget <= _LEAST_BUDGET_BYTES:
-                raise
-        self._budget //= 2
-        self.tiling = self._tiling(None)
-        device = self.runner.device
-        logger.warning("%s is out of memory: going on with tiles of %s voxels", device, list(self.tiling.window_dhw))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        return None
-
-    def _tiling(self, tile: Triple | None) -> HaloTiling:
-        if tile is None:
-            tile = default_tile(self._config, self._halo, self._shape, self._budget, self.runner.precision)
-        return HaloTiling(self._shape, tile, self._halo, self._config.total_stride)
-
-
-@contextmanager
-def computing_in(precision: torch.dtype | None, device: torch.device) -> Iterator[None]:
-    """Autocast to ``precision``; for ``None`` fp32 throughout, convolutions on CUDA included."""
-    if precision is not None:
-        with torch.autocast(device.type, precision):
-            yield
-        return
-    convolutions = torch.backends.cudnn.conv
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # missing in the stubs
     before = convolutions.fp32_precision
     convolutions.fp32_precision = "ieee"
     try:

@@ -65,7 +65,7 @@ BLIND = {"lifting": False, "cross_attention": False, "pooled": False}
 
 
 def brightness(count: int, seed: int) -> dict[str, object]:
-    """Codes of patients of whom nothing else is known; the brighter the first two channels, the likelier an embolism."""
+    """Codes of patients of whom nothing is known; the brighter the first two channels, the likelier an embolism."""
     generator = torch.Generator().manual_seed(seed)
     bright = 0.2 * torch.randn(count, 1, generator=generator)
     label = (torch.rand(count, generator=generator) < torch.sigmoid(10 * bright[:, 0])).long()
