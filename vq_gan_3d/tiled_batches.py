@@ -15,6 +15,7 @@ from torch import Tensor
 from dataset.tiling import HaloTiling, Triple
 from errors import MemoryExhaustedError
 from vq_gan_3d.codec import CodecConfig, VQCodec
+from vq_gan_3d.memory import is_out_of_memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -103,10 +104,8 @@ class TileRunner:
             inputs = torch.stack([load(item).to(self.device, non_blocking=True) for item in part])
             with computing_in(self.precision, self.device):
                 return function(inputs)
-        except torch.OutOfMemoryError:
-            return None
-        except RuntimeError as error:  # of the CPU allocator, which has no class of its own
-            if "DefaultCPUAllocator" in str(error):
+        except Exception as error:
+            if is_out_of_memory(error):
                 return None
             raise
 
