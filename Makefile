@@ -38,6 +38,7 @@ bench: $(STAMP)
 	$(PY) benchmarks/dicom.py --json outputs/bench_dicom.json
 	$(PY) benchmarks/stitch.py --json outputs/bench_stitch.json
 	$(PY) benchmarks/seams.py --json outputs/bench_seams.json
+	$(PY) benchmarks/full_resolution.py --json outputs/bench_full_resolution.json
 	$(PY) benchmarks/ddpm.py --json outputs/bench_ddpm.json
 	$(PY) benchmarks/inference.py --json outputs/bench_inference.json
 
