@@ -251,7 +251,8 @@ def peak_mb(depth: int, plane: int, mode: str, kind: str, tile: str) -> int:
 def test_full_planes_of_any_depth_take_the_same_memory(mode: str, tile: str, depths: tuple[int, ...]) -> None:
     peaks = {depth: peak_mb(depth, 512, mode, "instant", tile) for depth in depths}
     assert max(peaks.values()) < 3000, peaks
-    assert max(peaks.values()) - min(peaks.values()) < 150, peaks
+    # a slab or two more wait in the queues of a busy machine; a copy of 1208 slices instead of 151 would be 554 MB more
+    assert max(peaks.values()) - min(peaks.values()) < 250, peaks
 
 
 @pytest.mark.slow
