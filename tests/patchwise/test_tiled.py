@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dataset.intensity import HUWindow
 from dataset.store import open_store, write_store
-from dataset.tiling import HaloTiling
+from dataset.tiling import HaloTiling, Triple
 from dataset.volume_io import Volume, read_nifti
 from errors import ConfigurationError, InputError
 from evaluation.reconstruct import reconstruct
@@ -246,6 +246,19 @@ def real(path: str, at: tuple[slice, slice, slice]) -> np.ndarray:
     return np.ascontiguousarray(read_nifti(REAL_DATA / path).hu[at])
 
 
+def codes_both_ways(codec: VQCodec, hu: np.ndarray, tile: Triple) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The code (C, d, h, w) of a whole volume, and the code numbers (1, d, h, w) of the whole and by tiles.
+
+    The codec is whitened on the volume, as training would leave it: otherwise nearly all voxels share a few codes.
+    """
+    vectors = whole_code(codec, hu).flatten(1)  # (C, N)
+    codec.code_norm.mean.copy_(vectors.mean(1))
+    codec.code_norm.covariance.copy_(torch.cov(vectors))
+    whole, tiled = whole_code(codec, hu), encode_tiled(codec, hu, WINDOW, tile_dhw=tile)
+    with torch.inference_mode():
+        return whole, codec.quantizer(whole[None]).indices, codec.quantizer(tiled[None]).indices
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "at"),
@@ -258,15 +271,8 @@ def real(path: str, at: tuple[slice, slice, slice]) -> np.ndarray:
 def test_real_ct_codes_and_volumes_equal_those_of_the_whole(path: str, at, quantizer: str) -> None:
     hu = real(path, at)
     codec = randomized(tiny_config(encoder_blocks=(1, 1, 2), quantizer=quantizer)).eval()
-    # whitened on this volume, as training would leave it: otherwise nearly all voxels share a few codes
-    code = whole_code(codec, hu)
-    vectors = code.flatten(1)  # (C, N)
-    codec.code_norm.mean.copy_(vectors.mean(1))
-    codec.code_norm.covariance.copy_(torch.cov(vectors))
     tile = (48, 64, 64)
-    expected, tiled = whole_code(codec, hu), encode_tiled(codec, hu, WINDOW, tile_dhw=tile)
-    with torch.inference_mode():
-        codes, tiled_codes = (codec.quantizer(x[None]).indices for x in (expected, tiled))
+    expected, codes, tiled_codes = codes_both_ways(codec, hu, tile)
     assert len(codes.unique()) > 200
     equal = float((codes == tiled_codes).double().mean())
     assert equal >= 0.9999
@@ -285,13 +291,9 @@ def test_the_default_codec_on_real_ct_by_tiles(capsys: pytest.CaptureFixture[str
     hu = real("ct_native/lidc_0001.nii.gz", (slice(70, 134), slice(220, 292), slice(220, 292)))
     codec = randomized(CodecConfig()).eval()
     assert codec.config.receptive_halo_vox() == ((24, 26, 26), (24, 26, 26))
-    vectors = whole_code(codec, hu).flatten(1)  # (C, N)
-    codec.code_norm.mean.copy_(vectors.mean(1))
-    codec.code_norm.covariance.copy_(torch.cov(vectors))
     tile = (56, 64, 64)
-    expected, tiled = whole_code(codec, hu), encode_tiled(codec, hu, WINDOW, tile_dhw=tile)
+    expected, codes, tiled_codes = codes_both_ways(codec, hu, tile)
     with torch.inference_mode():
-        codes, tiled_codes = (codec.quantizer(x[None]).indices for x in (expected, tiled))
         whole = codec.decode(expected[None])[0, 0].numpy()
     unit = np.concatenate([slab for _, slab in decode_tiled(codec, expected, tile_dhw=tile)])
     equal = float((codes == tiled_codes).double().mean())
