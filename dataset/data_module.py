@@ -12,8 +12,9 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
+from dataset.manifest import manifest
 from dataset.sampler import ResumableSampler
-from dataset.sources import Size, VolumeSource, manifest, prepare_all
+from dataset.sources import Size, VolumeSource, prepare_all
 from dataset.splits import SPLIT_NAMES, TRAIN, VALIDATION, assign_splits
 from dataset.volume_dataset import TileDataset, VolumeDataset, collate
 from errors import ConfigurationError, InputError

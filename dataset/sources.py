@@ -11,7 +11,7 @@ import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 Size = tuple[int, int, int]
 # Part of every cache key: raise it when prepared volumes change for the same input.
 PREPARATION_VERSION = 3
-_GZIP_TRAILER_BYTES = 8  # checksum and length of the content
 VERIFIED = "verified.json"  # which cached volumes were read to their last voxel, by size and time
 
 
@@ -288,29 +287,3 @@ def _damaged(sources: Sequence[VolumeSource], size_dhw: Size | None, cache: Path
         log.warning("%s; cached volume, made again from its source", bad[path])
         path.unlink(missing_ok=True)
     return {path: bad[path] for path in bad.keys() & set(own)}
-
-
-def manifest(splits: Mapping[str, Sequence[VolumeSource]]) -> str:
-    """A short hash of who is in which split and what each volume holds; a resumed run must see the same.
-
-    It survives a cohort that was moved. Of uncompressed NIfTI it knows the size alone.
-    """
-    lines = [f"{source.name} {split} {_content(source)}" for split, sources in splits.items() for source in sources]
-    return short_hash("\n".join(sorted(lines)))
-
-
-def _content(source: VolumeSource) -> str:
-    """What tells a volume from another of its name, without reading it and whatever its folder and times."""
-    store: Path | None = getattr(source, "store", None)
-    path: Path | None = getattr(source, "ct", getattr(source, "path", None))
-    try:
-        if store is not None:
-            return open_store(store).checksum
-        if path is None:
-            return source.identity  # made, not read: its recipe
-        with path.open("rb") as handle:
-            size = handle.seek(0, os.SEEK_END)
-            handle.seek(max(0, size - _GZIP_TRAILER_BYTES))
-            return f"{size} {handle.read().hex() if path.suffix == '.gz' else ''}"
-    except (InputError, OSError):  # told when it is prepared
-        return "unreadable"

@@ -11,9 +11,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from dataset.manifest import manifest
 from dataset.pairs import COHORTS, CTCase, cohort_sources, describe
 from dataset.pairs_case import read_sidecar
-from dataset.sources import VolumeSource, manifest, prepare
+from dataset.sources import VolumeSource, prepare
 from dataset.store import write_store
 from dataset.volume_io import Volume, write_nifti
 from errors import ConfigurationError, InputError

@@ -16,7 +16,6 @@ from dataset.sources import (
     default_cache,
     find_nifti,
     find_stores,
-    manifest,
     prepare,
     prepare_all,
 )
@@ -233,42 +232,6 @@ def test_find_nifti_refuses_empty_folders_and_twins(tmp_path):
     nifti(tmp_path / "sub" / "a.nii")
     with pytest.raises(InputError, match="several files are called a"):
         find_nifti(str(tmp_path))
-
-
-def test_manifest_knows_who_is_held_out_and_what_is_in_a_volume():
-    a, b, c = (PhantomSource(seed, (8, 8, 8)) for seed in range(3))
-    base = manifest({"training": [a, b], "validation": [c]})
-    assert base == manifest({"validation": [c], "training": [b, a]})
-    others = [
-        {"training": [a, c], "validation": [b]},
-        {"training": [a], "validation": [c]},
-        {"training": [a, b, c], "validation": []},
-        {"training": [a, PhantomSource(1, (8, 8, 9))], "validation": [c]},
-    ]
-    assert len({base, *map(manifest, others)}) == 5
-
-
-@pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".b2nd"])
-def test_manifest_survives_a_move_and_notices_another_content(tmp_path, suffix):
-    def one(folder, value, shape=(4, 8, 8)):
-        path = tmp_path / folder / f"a{suffix}"
-        path.parent.mkdir()
-        volume = Volume(np.full(shape, value, np.int16), np.diag([2.0, 2.0, 2.0, 1.0]))
-        write_store(path, volume, {}) if suffix == ".b2nd" else write_nifti(path, volume)
-        return manifest({"training": [(StoreSource if suffix == ".b2nd" else NiftiSource)(path)]})
-
-    first = one("here", 3)
-    assert one("there", 3) == first
-    assert one("longer", 3, (5, 8, 8)) != first
-    if suffix != ".nii":  # of which the size alone is known
-        assert one("other", 4) != first
-
-
-def test_manifest_of_a_file_that_cannot_be_read(tmp_path):
-    (tmp_path / "a.b2nd").write_bytes(b"no store")
-    for path in (tmp_path / "a.b2nd", tmp_path / "gone.b2nd"):
-        manifest({"training": [StoreSource(path)]})  # preparation names it
-    manifest({"training": [NiftiSource(tmp_path / "gone.nii.gz")]})
 
 
 def test_default_cache_follows_the_environment(monkeypatch, tmp_path):
