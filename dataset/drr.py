@@ -11,7 +11,7 @@ import numpy as np
 
 from dataset.body import Body, isolate_body
 from dataset.drr_render import Stand, fit_geometry, render
-from dataset.prepared import PreparedVolume, make_cache, short_hash
+from dataset.prepared import PreparedVolume, one_maker, short_hash
 from dataset.projection import View
 from dataset.store import open_store
 from dataset.xray_drr import read_info, write_drr
@@ -66,7 +66,7 @@ def rendered_xray(volume: PreparedVolume, view: View, cache: Path, columns: int 
     """The radiograph of a prepared volume, rendered on first use.
 
     The picture's name depends on the voxels, the affine, the view and the stand; a second call finds it by reading the
-    store's header and the picture's JSON. Several processes may ask for it at a time: each writes the same bytes.
+    store's header and the picture's JSON. Of several processes that ask for it at a time, one renders it.
 
     Args:
         volume: as `dataset.sources.prepare` made it.
@@ -85,16 +85,16 @@ def rendered_xray(volume: PreparedVolume, view: View, cache: Path, columns: int 
     affine = np.asarray(volume.affine, dtype=np.float64)
     key = f"{RENDERER_VERSION} {open_store(volume.path).checksum} {affine.tobytes().hex()} {view} {asdict(stand)}"
     picture = cache / f"{volume.name}-{short_hash(key)}_{view}.png"
-    # the JSON is written last: where it is sound, the picture is complete
-    with contextlib.suppress(InputError):
-        if picture.is_file() and read_info(picture) is not None:
-            return picture
-    make_cache(cache)
-    try:
-        body = isolate_body(np.asarray(volume.open()), affine)
-        write_picture(picture, body, affine, stand, view, volume.name)
-    except InputError as error:
-        if str(volume.path) in str(error):
-            raise
-        raise InputError(f"{volume.path}: {error}") from error
+    with one_maker(picture):
+        # the JSON is written last: where it is sound, the picture is complete
+        with contextlib.suppress(InputError):
+            if picture.is_file() and read_info(picture) is not None:
+                return picture
+        try:
+            body = isolate_body(np.asarray(volume.open()), affine)
+            write_picture(picture, body, affine, stand, view, volume.name)
+        except InputError as error:
+            if str(volume.path) in str(error):
+                raise
+            raise InputError(f"{volume.path}: {error}") from error
     return picture

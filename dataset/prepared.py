@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +17,8 @@ from dataset.body import body_metadata
 from dataset.patch_sampling import BodyMap, read_body
 from dataset.store import LazyHU, StoredVolume, open_store
 from errors import InputError
+
+LOCKS = "preparing.lock"  # of all volumes in a cache
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,26 @@ def make_cache(cache: Path) -> None:
         StorageError: it cannot be created.
     """
     make_folder(cache, "set dataset.cache_dir")
+
+
+@contextlib.contextmanager
+def one_maker(path: Path) -> Iterator[None]:
+    """Hold the right to make a cached file; who else wants to make it waits, and finds it made.
+
+    Every process of a distributed run prepares the cohort. One file in the cache carries the locks, each volume has a
+    byte of it, and the system gives a lock back when its holder dies. Where the file system knows no locks, two may
+    make the same file: both write it whole, so that costs time alone.
+
+    Raises:
+        StorageError: the cache cannot be created.
+    """
+    make_cache(path.parent)
+    byte = int(short_hash(path.name), 16) >> 1  # offsets of files have a sign
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            handle = stack.enter_context((path.parent / LOCKS).open("wb"))
+            fcntl.lockf(handle, fcntl.LOCK_EX, 1, byte)
+        yield
 
 
 def short_hash(text: str) -> str:

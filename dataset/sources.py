@@ -24,7 +24,7 @@ from dataset.body import body_metadata
 from dataset.geometry import resample_to_size
 from dataset.pairs_case import named_patient, volume_stem, warn_of_nameless
 from dataset.phantom import Phantom, make_phantom
-from dataset.prepared import PreparedVolume, body_of, make_cache, own_body, short_hash
+from dataset.prepared import PreparedVolume, body_of, one_maker, own_body, short_hash
 from dataset.store import SUFFIX, StoredVolume, open_store, verify_store, write_store
 from dataset.verification import find_volumes, verify_files
 from dataset.volume_io import AIR_HU, Volume, holds_air, read_nifti, to_int16_hu
@@ -213,7 +213,8 @@ def prepare(source: VolumeSource, size_dhw: Size | None, cache: Path) -> Prepare
         if size_dhw is None or stored.shape == tuple(size_dhw):
             return PreparedVolume(source.name, own, stored.affine, own_body(source.name, stored, cache), False)
     path = _cached_path(source, size_dhw, cache)
-    stored = _open_cached(path) or _make(source, size_dhw, path)
+    with one_maker(path):
+        stored = _open_cached(path) or _make(source, size_dhw, path)
     return PreparedVolume(source.name, path, stored.affine, body_of(stored))
 
 
@@ -239,7 +240,6 @@ def _make(source: VolumeSource, size_dhw: Size | None, path: Path) -> StoredVolu
     if size_dhw is not None and hu.shape != tuple(size_dhw):
         resampled, affine = resample_to_size(hu, affine, size_dhw)
         hu, _, _ = to_int16_hu(resampled)
-    make_cache(path.parent)
     write_store(path, Volume(hu, affine), {"name": source.name, "body": body_metadata(hu, affine)})
     return open_store(path)
 

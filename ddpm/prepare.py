@@ -15,7 +15,7 @@ from tqdm import tqdm
 from dataset.drr import rendered_xray
 from dataset.pairs_case import CTCase, volume_stem
 from dataset.phantom import sample_patient
-from dataset.prepared import PreparedVolume, make_cache, short_hash
+from dataset.prepared import PreparedVolume, one_maker, short_hash
 from dataset.projection import View
 from dataset.sources import PhantomSource, VolumeSource
 from dataset.store import open_store
@@ -86,16 +86,16 @@ class LatentLibrary:
             return latent.verify() if verify else latent
         key = f"{open_store(volume.path).checksum} {np.asarray(volume.affine).tobytes().hex()}"
         path = self.cache / f"{volume.name}-{short_hash(key)}{SUFFIX}"
-        if path.exists():
-            try:
-                latent = open_latent(path).require(self.codec)
-                return latent.verify() if verify else latent
-            except InputError as error:
-                log.warning("%s; cached latent, made again from its volume", error)
-        make_cache(self.cache)
-        hu = volume.open()
-        code = self.codec.encode(hu)
-        return write_latent(path, code, self.codec, volume.affine, hu.shape, source={"name": volume.name})
+        with one_maker(path):
+            if path.exists():
+                try:
+                    latent = open_latent(path).require(self.codec)
+                    return latent.verify() if verify else latent
+                except InputError as error:
+                    log.warning("%s; cached latent, made again from its volume", error)
+            hu = volume.open()
+            code = self.codec.encode(hu)
+            return write_latent(path, code, self.codec, volume.affine, hu.shape, source={"name": volume.name})
 
 
 def label_of(source: VolumeSource) -> int:

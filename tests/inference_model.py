@@ -19,6 +19,7 @@ from tests.ddpm.tiny import tiny_codec
 from vq_gan_3d.latents import LatentStatistics
 
 SPACING_MM = (4.0, 3.0, 2.0)
+QUICK = {"steps": 2}
 Run = Callable[..., "subprocess.CompletedProcess[str]"]  # fixture `run` of `tests.inference_command`
 
 
