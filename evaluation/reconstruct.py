@@ -27,6 +27,7 @@ from evaluation.panels import comparison_panel
 from evaluation.records import write_record
 from vq_gan_3d.codec import VQCodec
 from vq_gan_3d.pretrained import load_codec
+from vq_gan_3d.tiled_batches import computing_in
 
 # What the table shows: key, heading, format. The last two are the predecessor's measures under their honest names.
 COLUMNS = (
@@ -53,7 +54,8 @@ def reconstruct(codec: VQCodec, window: HUWindow, hu: np.ndarray) -> tuple[np.nd
     padded, _ = crop_or_pad(hu, np.eye(4), padded_size, (0, 0, 0))  # air at the far ends, cropped again below
     device = next(codec.parameters()).device
     volume = window.to_unit(torch.from_numpy(np.ascontiguousarray(padded)).to(device))[None, None]  # (1, 1, D, H, W)
-    result = codec(volume)
+    with computing_in(None, device):
+        result = codec(volume)
     d, h, w = hu.shape
     return window.to_hu(result.volume[0, 0, :d, :h, :w]).cpu().numpy(), result.indices[0].cpu()
 

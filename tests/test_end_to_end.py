@@ -64,6 +64,7 @@ def test_train_and_reconstruct_phantoms(tmp_path: Path) -> None:
         assert len(np.unique(np.asarray(panel))) > 20
 
 
+@pytest.mark.slow
 def test_patchwise_sibling_trains_on_native_grids(tmp_path: Path) -> None:
     options = ["dataset.size=null", "dataset.phantom_size=[24,40,36]", "dataset.patch_size=[16,32,32]"]
     run(PATCHWISE, *options, "training.max_steps=3", "training.num_epochs=2", cwd=tmp_path)
@@ -73,6 +74,7 @@ def test_patchwise_sibling_trains_on_native_grids(tmp_path: Path) -> None:
 
 
 @needs_real_ct
+@pytest.mark.slow
 def test_real_ct_trains_and_resumes(tmp_path: Path) -> None:
     """Real thoraces by random patches: the loss falls, a resumed run goes on, the held-out patient comes back."""
     folder = tmp_path / "ct"

@@ -3,9 +3,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.helpers import run
 
 
+@pytest.mark.slow
 def test_quick_run_writes_a_report_with_both_rates(tmp_path: Path) -> None:
     report = tmp_path / "dicom.json"
     run("benchmarks/dicom.py", "--quick", "--json", str(report), cwd=tmp_path, tiny=False)
