@@ -192,24 +192,20 @@ def conv_mflop_per_voxel_step(model: nn.Module, size: int = 32) -> float:
     return sum(count for op, count in counts.items() if "convolution" in str(op)) / size**3 / 1e6
 
 
-def measure_conv_roof(
-    channels: int = 128,
-    size: int = 32,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    rounds: int = 3,
-) -> float:
-    """GFLOP/s that a plain 3³ convolution reaches in forward and backward: the roof for models made of them.
+def conv_roof_steps(
+    channels: int, size: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> tuple[float, dict[str, Callable[[], object]]]:
+    """A plain 3³ convolution, forward and backward: the roof for models made of them, timed beside them.
 
     Args:
         channels: in and out.
         size: edge of the ``(1, channels, size, size, size)`` input, in voxels.
         dtype: of weights and activations.
         device: where to run.
-        rounds: timed steps; the best of both memory layouts counts.
 
     Returns:
-        GFLOP/s, a multiplication and an addition counted as 2, backward as twice the forward pass.
+        GFLOP of a step, a multiplication and an addition counted as 2, backward as twice the forward pass; and the
+        step in each memory layout, by its name. The faster one is the roof.
     """
 
     def step_in(layout: torch.memory_format) -> Callable[[], object]:
@@ -227,6 +223,4 @@ def measure_conv_roof(
         return step
 
     layouts = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last_3d}
-    times = time_interleaved({name: step_in(layout) for name, layout in layouts.items()}, rounds)
-    flop = 3 * 2 * 27 * channels**2 * size**3
-    return flop / min(min(seconds) for seconds in times.values()) / 1e9
+    return 3 * 2 * 27 * channels**2 * size**3 / 1e9, {name: step_in(layout) for name, layout in layouts.items()}

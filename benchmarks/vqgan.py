@@ -17,7 +17,7 @@ import config as shared_config
 from benchmarks.harness import (
     Row,
     conv_mflop_per_voxel_step,
-    measure_conv_roof,
+    conv_roof_steps,
     medians,
     print_table,
     standard_parser,
@@ -95,6 +95,8 @@ def step_rows(device: str, rounds: int, warmup: int) -> list[Row]:
     batch = torch.rand(1, 1, size, size, size)
     precisions = {"fp32": torch.float32, "bf16": torch.bfloat16}
     steps: dict[str, Callable[[], object]] = {}
+    edge = PLAIN_CONV_SIZE if rounds > 1 else QUICK_CONV_SIZE
+    roof_gflop = 0.0
     for precision, dtype in precisions.items():
         steps[f"ours {precision}"] = stepper(OurStep(False), batch, dtype, device)
         steps[f"ours {precision} checkpointed"] = stepper(OurStep(True), batch, dtype, device)
@@ -102,6 +104,8 @@ def step_rows(device: str, rounds: int, warmup: int) -> list[Row]:
         if (monai := monai_vqvae()) is not None:
             model = monai.to(device).train()
             steps[f"monai {precision}"] = partial(monai_step, model, fused_adam(model), batch.to(device), dtype)
+        roof_gflop, plain = conv_roof_steps(PLAIN_CONV_CHANNELS, edge, dtype, device)
+        steps |= {f"plain {precision} {layout}": step for layout, step in plain.items()}
     seconds = medians(time_interleaved(steps, rounds, warmup))
     rate = {name: voxels / value / 1e3 for name, value in seconds.items()}
 
@@ -125,9 +129,8 @@ def step_rows(device: str, rounds: int, warmup: int) -> list[Row]:
     mflop = conv_mflop_per_voxel_step(ReferenceVQGAN())
     rows.append(Row("reference: MFLOP per voxel and step", mflop, "MFLOP"))
     rows.append(Row("ours: MFLOP per voxel and step", conv_mflop_per_voxel_step(OurStep(False)), "MFLOP", mflop))
-    for precision, dtype in precisions.items():
-        edge = PLAIN_CONV_SIZE if rounds > 1 else QUICK_CONV_SIZE
-        roof = measure_conv_roof(PLAIN_CONV_CHANNELS, edge, dtype, device, rounds)
+    for precision in precisions:
+        roof = roof_gflop / min(value for name, value in seconds.items() if name.startswith(f"plain {precision}"))
         reached = mflop * rate[f"reference {precision}"]  # MFLOP x kvoxel/s = GFLOP/s
         rows.append(
             Row(f"reference {precision}: share of a plain convolution", reached, "GFLOP/s", roof, reached / roof)

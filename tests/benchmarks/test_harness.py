@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import harness
 from benchmarks.harness import Row
@@ -98,5 +99,11 @@ def test_counted_work_is_the_formula_and_the_model_stays_untouched() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_roof_is_a_positive_number(dtype: torch.dtype) -> None:
-    assert 0 < harness.measure_conv_roof(channels=16, size=8, dtype=dtype, rounds=1) < 1e7
+def test_the_roof_is_the_work_of_a_plain_convolution(dtype: torch.dtype) -> None:
+    gflop, steps = harness.conv_roof_steps(channels=16, size=8, dtype=dtype)
+    assert steps.keys() == {"contiguous", "channels last"}
+    for step in steps.values():
+        counter = FlopCounterMode(display=False)
+        with counter:
+            step()
+        assert counter.get_total_flops() / 1e9 == pytest.approx(gflop)
