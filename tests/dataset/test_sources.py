@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import multiprocessing
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -67,39 +64,6 @@ def test_cache_is_reused(tmp_path, cache, monkeypatch):
     again = prepare(source, None, cache)
     assert again.path == first.path
     assert np.array_equal(again.affine, first.affine)
-
-
-def prepare_slowly(cache: Path, marks: Path) -> None:
-    """Prepare a phantom as every process of a distributed run does, and leave a mark if it was made here."""
-
-    class Slow(PhantomSource):
-        def load(self):
-            marks.joinpath(str(os.getpid())).touch()
-            time.sleep(0.3)
-            return super().load()
-
-    prepare(Slow(3, (8, 16, 16)), None, cache)
-
-
-def test_two_processes_make_a_volume_once(tmp_path, cache):
-    marks = tmp_path / "marks"
-    marks.mkdir()
-    processes = [multiprocessing.get_context("spawn").Process(target=prepare_slowly, args=(cache, marks)) for _ in "ab"]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0, 0]
-    assert len(list(marks.iterdir())) == 1
-    assert prepare(PhantomSource(3, (8, 16, 16)), None, cache).open().shape == (8, 16, 16)
-
-
-def test_a_file_system_without_locks_prepares_all_the_same(cache, monkeypatch):
-    def no_locks(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("dataset.prepared.fcntl.lockf", no_locks)
-    assert prepare(PhantomSource(3, (8, 16, 16)), None, cache).open().shape == (8, 16, 16)
 
 
 def test_other_sizes_and_other_content_have_other_keys(tmp_path, cache):

@@ -10,6 +10,7 @@ import numpy as np
 from dataset.intensity import HUWindow
 from evaluation.report_cases import GENERATED, RECONSTRUCTION, ReportCase
 
+HOSTILE = "<img src=x onerror=alert(1)>\"'&</script>"  # a name that no page may take for markup
 SPACING_MM = 5.0
 # Where the bright block of `lopsided` lies: superior, anterior, on the patient's left.
 BLOCK = (slice(18, 36), slice(4, 22), slice(18, 36))
