@@ -177,7 +177,7 @@ def main() -> None:
     parser = standard_parser(__doc__ or "")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     arguments = parser.parse_args()
-    rounds, warmup = (1, 0) if arguments.quick else (3, 1)
+    rounds, warmup = (1, 0) if arguments.quick else (5, 1)
     rows = size_rows()
     rows += memory_rows(arguments.device, arguments.quick)
     rows += codebook_rows(arguments.device, arguments.quick)
