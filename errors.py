@@ -72,11 +72,28 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
+# How memory that ran out is worded where torch has no class of its own for it: the allocator of the CPU, a CUDA call
+# outside torch's allocator, the libraries of matrix products and of convolutions.
+_NO_MEMORY = (
+    "DefaultCPUAllocator",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the host or a GPU has no memory left; by names, since nothing here needs torch."""
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
 def run_command(command: Callable[[], int | None], *, debug: bool = False) -> int:
     """Run ``command`` and return its exit code; known errors become one line on stderr.
 
-    With ``debug`` errors propagate with their traceback. Anything unknown is a bug: it keeps its traceback (the
-    report needs it) and Python's exit code 1.
+    With ``debug`` errors propagate with their traceback. Memory that ran out where nobody expected it is told like the
+    known ones. Anything else is a bug: it keeps its traceback (the report needs it) and Python's exit code 1.
     """
     try:
         return int(command() or ExitCode.OK)
@@ -90,3 +107,8 @@ def run_command(command: Callable[[], int | None], *, debug: bool = False) -> in
             raise
         print("error: interrupted (SIGINT)", file=sys.stderr)
         return int(ExitCode.SIGINT)
+    except Exception as error:
+        if debug or not is_out_of_memory(error):
+            raise
+        print(f"error: out of memory: smaller patches, tiles or batches need less ({one_line(error)})", file=sys.stderr)
+        return int(ExitCode.OUT_OF_MEMORY)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from errors import ConfigurationError, MemoryExhaustedError
+from errors import ConfigurationError, MemoryExhaustedError, is_out_of_memory
 
 DEVICE_HELP = "auto (a GPU where there is one), cpu, cuda or cuda:N (default: auto)"
 
@@ -39,11 +39,11 @@ def room_on(device: object) -> Iterator[None]:
     Raises:
         MemoryExhaustedError: the device has no room for it.
     """
-    import torch
-
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise MemoryExhaustedError(
             f"{device}: no memory for the model: free it, or use another device (cpu, cuda:N)"
         ) from error

@@ -1,4 +1,4 @@
-"""Resident memory of this process, and the errors that say there is no more."""
+"""Resident memory of this process."""
 
 from __future__ import annotations
 
@@ -20,16 +20,6 @@ def status_bytes(field: str) -> int:
         if key == field:
             return int(value.split()[0]) * 1024  # "123 kB"
     raise OSError(f"{_STATUS} has no {field}")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that the host or a GPU has no memory left.
-
-    The CPU allocator of torch has no class of its own for it, so its message tells.
-    """
-    # by name: nothing here needs torch
-    named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
-    return named or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def peak_rss_bytes() -> int:

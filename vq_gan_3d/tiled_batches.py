@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from dataset.tiling import HaloTiling, Triple
-from errors import MemoryExhaustedError
+from errors import MemoryExhaustedError, is_out_of_memory
 from vq_gan_3d.codec import CodecConfig, VQCodec
-from vq_gan_3d.memory import is_out_of_memory
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

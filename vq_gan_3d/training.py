@@ -15,14 +15,21 @@ from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from dataset.atomic import atomic_write
-from errors import ConfigurationError, DivergedError, ExitCode, InputError, MemoryExhaustedError, StorageError
+from errors import (
+    ConfigurationError,
+    DivergedError,
+    ExitCode,
+    InputError,
+    MemoryExhaustedError,
+    StorageError,
+    is_out_of_memory,
+)
 from vq_gan_3d.callbacks import ExponentialMovingAverage, GracefulStop, SkipLedger, StopAfterSteps
 from vq_gan_3d.checkpoint_callback import CheckpointKeeper, VerifiedCheckpointIO
 from vq_gan_3d.checkpointing import is_writable, load_checkpoint
 from vq_gan_3d.hardware import Hardware, resolve_hardware, return_memory_early
 from vq_gan_3d.launch import Launch, find_launch
 from vq_gan_3d.logs import CsvLog, LearningRateLog, PanelLog, log_to_file
-from vq_gan_3d.memory import is_out_of_memory
 from vq_gan_3d.optimization import steps_of
 from vq_gan_3d.resume import ResumeContract, find_start, forget_run
 from vq_gan_3d.stage import Stage, TrainingData

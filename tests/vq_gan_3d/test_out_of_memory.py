@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from errors import ExitCode, is_out_of_memory, run_command
 from tests.helpers import assert_one_line_error
 from tests.vq_gan_3d.conftest import Train
 from vq_gan_3d.codec import VQCodec
-from vq_gan_3d.memory import is_out_of_memory
 
 OF_THE_CPU = (
     "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
@@ -41,3 +41,31 @@ def test_other_errors_are_something_else() -> None:
     with pytest.raises(RuntimeError) as caught:  # what torch really says
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        OF_THE_CPU,
+    ],
+)
+def test_t43_every_command_tells_it_in_one_line(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise RuntimeError(words)
+
+    assert run_command(command) == ExitCode.OUT_OF_MEMORY
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory: ")
+    with pytest.raises(RuntimeError):
+        run_command(command, debug=True)
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    def command() -> None:
+        raise ValueError("CUDA error: out of memory")  # said by something that is no such error
+
+    with pytest.raises(ValueError, match="CUDA error"):
+        run_command(command)
