@@ -30,12 +30,13 @@ HU_FLOOR = -1024
 # A padding value between these HU may be tissue or bone as well: only where it touches the border is it padding.
 _TISSUE_HU = (-900.0, 3000.0)
 _INT16 = np.iinfo(np.int16)
+# pydicom calls a decoder of these by way of pylibjpeg, so that either package alone is not enough
 _PACKAGES = {
-    "1.2.840.10008.1.2.4.5": "pylibjpeg-libjpeg",
-    "1.2.840.10008.1.2.4.7": "pylibjpeg-libjpeg",
-    "1.2.840.10008.1.2.4.8": "pylibjpeg-libjpeg",
-    "1.2.840.10008.1.2.4.9": "pylibjpeg-openjpeg",
-    "1.2.840.10008.1.2.4.20": "pylibjpeg-openjpeg",
+    "1.2.840.10008.1.2.4.5": "pylibjpeg pylibjpeg-libjpeg",
+    "1.2.840.10008.1.2.4.7": "pylibjpeg pylibjpeg-libjpeg",
+    "1.2.840.10008.1.2.4.8": "pylibjpeg pylibjpeg-libjpeg",
+    "1.2.840.10008.1.2.4.9": "pylibjpeg pylibjpeg-openjpeg",
+    "1.2.840.10008.1.2.4.20": "pylibjpeg pylibjpeg-openjpeg",
 }
 # JPEG lossless (process 14, any and first-order prediction), JPEG-LS lossless
 _BY_SIMPLEITK = ("1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70", "1.2.840.10008.1.2.4.80")
@@ -85,8 +86,9 @@ def to_hu(stored: np.ndarray, image: Slice, out: np.ndarray, counts: PixelCounts
     low, high = int(stored.min()), int(stored.max())
     hu_range = sorted((low * slope + intercept, high * slope + intercept))
     if slope == 1 and intercept.is_integer() and _INT16.min <= hu_range[0] and hu_range[1] <= _INT16.max:
-        # the common case, in the width of the result; wrap-around cancels, since the sum fits
-        np.add(stored.astype(np.int16, copy=False), np.int16(intercept), out=out)
+        # the common case, in the width of the result; wrap-around cancels, since the sum fits (the intercept alone
+        # need not: uint16 pixels may be biased by 33792)
+        np.add(stored.astype(np.int16, copy=False), np.int64(intercept).astype(np.int16), out=out)
     else:
         hu = stored * np.float64(slope)
         hu += intercept

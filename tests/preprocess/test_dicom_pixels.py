@@ -113,6 +113,22 @@ def test_t20_the_slope_of_every_slice_is_its_own(tmp_path: Path) -> None:
     assert result.counts.rounded == 0
 
 
+@pytest.mark.parametrize("intercept", [0, -1024, -33792, -40000])  # of uint16 pixels, int16 for 0
+def test_t20_any_whole_intercept_gives_the_same_volume(tmp_path: Path, intercept: int) -> None:
+    volume = random_volume()
+    volume.hu[0, 0, 0], volume.hu[1, 0, 0] = -1024, 25535  # 65535 with an intercept of -40000
+
+    def change(dataset: Dataset, index: int) -> None:
+        dataset.RescaleIntercept, dataset.PixelRepresentation = str(intercept), int(intercept == 0)
+        set_stored(dataset, volume.hu[index].astype(np.int32) - intercept)
+        if index == 2 and intercept < -32768:
+            set_stored(dataset, np.where(volume.hu[2] < 0, 0, volume.hu[2].astype(np.int32) - intercept))
+
+    if intercept < -32768:  # stored 0 is beyond int16: by the wide way, and to the floor
+        volume.hu[2][volume.hu[2] < 0] = HU_FLOOR
+    np.testing.assert_array_equal(hu_of(series(tmp_path, volume, change)), volume.hu)
+
+
 @pytest.mark.parametrize("keyword", ["RescaleSlope", "RescaleIntercept"])
 def test_t20_absent_rescale_is_refused(tmp_path: Path, keyword: str) -> None:
     paths = series(tmp_path, random_volume(), lambda dataset, index: delattr(dataset, keyword) if index == 3 else None)
@@ -233,7 +249,7 @@ def test_t22_compressed_picture_of_another_size_is_refused_before_decoding(tmp_p
 def test_t22_missing_decoder_is_named_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(JPEGLSLosslessDecoder), "is_available", property(lambda decoder: False))
     frame = read_header(REAL / "transfer_syntaxes" / "CT1_JLSL")[0]
-    with pytest.raises(InputError, match=r"no decoder for JPEG-LS Lossless.*`pip install pylibjpeg-libjpeg`"):
+    with pytest.raises(InputError, match=r"no decoder for JPEG-LS Lossless.*`pip install pylibjpeg pylibjpeg-libjpeg`"):
         read_stored(frame)
 
 
