@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
 from dataset.data_module import VolumeDataModule
 from dataset.phantom import is_mirrored
-from dataset.sources import PhantomSource, VolumeSource, default_cache, find_nifti, find_stores
+from dataset.sources import FileSource, PhantomSource, VolumeSource, default_cache, find_nifti, find_stores
 from errors import ConfigurationError, InputError
 
 log = logging.getLogger(__name__)
+F = TypeVar("F", bound=FileSource)
 # Public collections with tables of their own: `dataset.pairs` reads them.
 COHORTS = ("rspect", "lidc", "xray_ctpa")
 
@@ -59,14 +62,16 @@ def volume_sources(d: DictConfig) -> list[VolumeSource]:
         raise ConfigurationError(f"dataset.spacing_mm is of phantoms, dataset={d.name} has grids of its own: leave it")
     if own and d.mirrored_share:
         raise ConfigurationError(f"dataset.mirrored_share is of phantoms, dataset={d.name} has its own: leave it 0")
+    if d.splits and (d.name in COHORTS or not own):
+        raise ConfigurationError(f"dataset.splits is for folders of volumes, dataset={d.name} has its own: leave it")
     if d.name in COHORTS:
         from dataset.pairs import cohort_sources  # reads tables, which other data need not load
 
         return list(cohort_sources(plain_dict(d)))
     if d.name == "store":
-        return list(find_stores(d.root_dir))
+        return list(_split_by_table(find_stores(d.root_dir), d.splits))
     if d.name == "nifti" or d.root_dir:
-        return list(find_nifti(d.root_dir))
+        return list(_split_by_table(find_nifti(d.root_dir), d.splits))
     grid = size_dhw(d.phantom_size) or size_dhw(d.size)
     if grid is None:
         raise ConfigurationError("dataset=phantom needs dataset.size or dataset.phantom_size as [D, H, W]")
@@ -74,6 +79,32 @@ def volume_sources(d: DictConfig) -> list[VolumeSource]:
     spacing = _spacing_mm(d.spacing_mm)
     seeds = range(d.first_seed, d.first_seed + d.n_patients)
     return [PhantomSource(seed, grid, spacing, is_mirrored(seed, d.mirrored_share)) for seed in seeds]
+
+
+def _split_by_table(sources: Sequence[F], table: str | None) -> list[F]:
+    """Volumes with the splits of a table of pairs, so that a folder is split as the cohort was.
+
+    Whoever is not in the table is left out with a warning: nobody has said on which side they are.
+
+    Raises:
+        ConfigurationError: the table has no splits, or none of the patients.
+        InputError: it cannot be read.
+    """
+    if not table:
+        return list(sources)
+    from dataset.pairs_table import read_pairs
+
+    splits = {case.patient: case.split for case in read_pairs(Path(table).expanduser())}
+    if None in splits.values():
+        raise ConfigurationError(
+            f"{table}: has no split column, which dataset.splits needs: make it with make_pairs.py"
+        )
+    known = [replace(source, split=splits[source.patient]) for source in sources if source.patient in splits]
+    if not known:
+        raise ConfigurationError(f"{table}: none of the {len(sources)} volumes is of a patient of this table")
+    if len(known) < len(sources):
+        log.warning("%s: %d volumes are of patients it does not name: left out", table, len(sources) - len(known))
+    return known
 
 
 def size_dhw(value: Any) -> tuple[int, int, int] | None:

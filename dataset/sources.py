@@ -100,9 +100,15 @@ class PhantomSource:
 
 @dataclass(frozen=True)
 class FileSource:
-    """A volume in a file; the sidecar of the conversion from DICOM names the patient, without one the file's stem."""
+    """A volume in a file; the sidecar of the conversion from DICOM names the patient, without one the file's stem.
+
+    Attributes:
+        path: of the file.
+        split: train, validation or test, where a table says so.
+    """
 
     path: Path
+    split: str | None = None
 
     @property
     def name(self) -> str:

@@ -176,7 +176,7 @@ def run_of(checkpoint: Path) -> Path:
     if not (run / "config.yaml").is_file():
         raise InputError(
             f"{run / 'config.yaml'}: not there, so the held-out cases of {checkpoint.name} are unknown: "
-            "name volumes with --data_dir"
+            "name the volumes (--data_dir, --test_data)"
         )
     return run
 
@@ -195,7 +195,7 @@ def held_out_cases(checkpoint: Path) -> list[VolumeSource]:
     try:
         data = data_module(OmegaConf.load(record))  # type: ignore[arg-type]
     except ConfigurationError as error:  # the run's folder has moved: nothing was typed wrongly here
-        raise InputError(f"{record}: {error} (or name volumes with --data_dir)") from error
+        raise InputError(f"{record}: {error} (or name the volumes)") from error
     return list(data.sources["validation"])
 
 

@@ -1,6 +1,8 @@
 """Reconstruct whole volumes and measure them: metrics in HU for each case and, with intervals, for all of them.
 
 python train/compute_metrics.py --checkpoint outputs/checkpoints/final.ckpt --test_data /folder --output report.json
+
+Without --test_data the held-out volumes of the run that wrote the checkpoint are measured.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ def parse_arguments() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--test_data", type=Path, required=True, help="folder of .nii.gz or .b2nd, or one file")
+    parser.add_argument(
+        "--test_data", type=Path, help="folder of .nii.gz or .b2nd, or one file (default: the run's held-out volumes)"
+    )
     parser.add_argument("--output", type=Path, default=Path("metrics_report.json"), help="the report (JSON)")
     return parser.parse_args()
 
@@ -41,7 +45,8 @@ def main(arguments: argparse.Namespace) -> int:
     from patchwise_512x512x604 import evaluation_set as shared
 
     say = shared.start_logging()
-    cases = shared.find_cases(arguments.test_data)
+    data = arguments.test_data
+    cases = shared.held_out_cases(arguments.checkpoint) if data is None else shared.find_cases(data)
     model = shared.load_model(arguments)
     make_folder(arguments.output.parent)
     usage = CodeUsage(model.codec.config.n_codes)

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 from dataset.data_module import VolumeDataModule
+from dataset.from_config import volume_sources
 from dataset.pairs import cohort_sources
 from dataset.sources import StoreSource, VolumeSource, find_nifti, find_stores
 from dataset.splits import hash_fraction
 from dataset.store import write_store
 from dataset.volume_io import Volume
-from errors import InputError
+from errors import ConfigurationError, InputError
 from tests.dataset.test_data_module import module
+from tests.dataset.test_from_config import configured
 from tests.dataset.test_sources import AFFINE, nifti
 
 PATIENTS = [f"p{number:02d}" for number in range(20)]
@@ -89,3 +91,35 @@ def test_a_damaged_sidecar_ends_the_run_before_a_patient_lands_on_two_sides(tmp_
     (tmp_path / "p_2.json").write_text('{"format": 1, "pati')
     with pytest.raises(InputError, match=r"p_2\.json: no usable sidecar"):
         find_nifti(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["nifti", "store"])
+def test_a_folder_is_split_as_the_table_of_its_pairs(tmp_path: Path, name: str, caplog) -> None:
+    """The first stage on native volumes must not see whom the table keeps for validation and test."""
+    sides = {PATIENTS[number]: ("train", "validation", "test")[number % 3] for number in range(15)}
+    hu = np.random.default_rng(0).integers(-1000, 1000, (4, 4, 4)).astype(np.int16)
+    folder = tmp_path / "volumes"
+    folder.mkdir()
+    for patient in PATIENTS:  # five of them are not in the table
+        if name == "nifti":
+            nifti(folder / f"{patient}.nii.gz", shape=(4, 4, 4))
+        else:
+            write_store(folder / f"{patient}.b2nd", Volume(hu, AFFINE), {})
+        (tmp_path / f"{patient}.nii.gz").touch()
+    table = tmp_path / "pairs.csv"
+    rows = [f"{patient},{patient}.nii.gz,{side}" for patient, side in sides.items()]
+    table.write_text("\n".join(["patient,ct,split", *rows]))
+    config = configured(name=name, root_dir=str(folder), splits=str(table))
+    data = module(volume_sources(config))
+    for mine, theirs in (("training", "train"), ("validation", "validation")):
+        assert {source.patient for source in data.sources[mine]} == {p for p, side in sides.items() if side == theirs}
+    assert "5 volumes are of patients it does not name" in caplog.text
+
+    table.write_text("\n".join(["patient,ct", *(row.rpartition(",")[0] for row in rows)]))
+    with pytest.raises(ConfigurationError, match="no split column"):
+        volume_sources(config)
+    table.write_text(f"patient,ct,split\nsomebody,{PATIENTS[0]}.nii.gz,train")
+    with pytest.raises(ConfigurationError, match="none of the 20 volumes"):
+        volume_sources(config)
+    with pytest.raises(ConfigurationError, match=r"dataset.splits is for folders"):
+        volume_sources(configured(splits=str(table)))
