@@ -17,6 +17,7 @@ from evaluation.metrics.codebook import CodeUsage
 from evaluation.metrics.streamed import MetricSums
 from evaluation.panels import comparison_panel
 from patchwise_512x512x604.evaluation_set import Model
+from patchwise_512x512x604.utils.reconstruction import require_finite
 from vq_gan_3d.checkpointing import load_checkpoint
 from vq_gan_3d.tiled_batches import computing_in
 
@@ -51,7 +52,7 @@ def validate_volume(
         The volume's row (metrics over the voxels of the volume, each counted once) and one row for each patch.
 
     Raises:
-        InputError: damaged data in the volume.
+        InputError: damaged data in the volume, or the codec gives values that are not finite.
     """
     dataset = TileDataset([volume], patch_dhw, limit=limit)
     device = next(model.codec.parameters()).device
@@ -65,6 +66,7 @@ def validate_volume(
         unit = model.window.to_unit(sample["hu"].to(device))[None]  # (1, 1, D, H, W)
         with computing_in(model.precision, device):
             result = model.codec(unit)
+        require_finite(bool(result.volume.isfinite().all()))
         output, target = result.volume.float().clamp(0, 1)[0, 0], unit[0, 0]
         start, own = sample["start"].tolist(), sample["own"].tolist()
         part = tuple(slice(first, last) for first, last in own)

@@ -24,7 +24,7 @@ def load_codec(path: str | Path, device: str | torch.device = "cpu", *, ema: boo
         The codec, frozen and in evaluation mode, and its HU window.
 
     Raises:
-        InputError: missing, damaged, or no checkpoint of the first stage.
+        InputError: missing, damaged, no checkpoint of the first stage, or with weights that are not finite.
     """
     checkpoint = load_checkpoint(path)
     if checkpoint.get("kind") != "vq_gan_3d":
@@ -34,4 +34,7 @@ def load_codec(path: str | Path, device: str | torch.device = "cpu", *, ema: boo
         codec.load_state_dict(codec_weights(checkpoint, ema=ema))
     except RuntimeError as error:
         raise InputError(f"{path}: its weights do not fit the codec that it describes: train it again") from error
+    for name, value in codec.state_dict().items():  # or it would code volumes into nonsense that looks like HU
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise InputError(f"{path}: its weights {name} are not finite: take an earlier checkpoint of the run")
     return codec.requires_grad_(False).eval().to(device), HUWindow(**checkpoint["hu_window"])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dataset.intensity import HUWindow
 from dataset.tiling import HaloTiling, Tiling, Triple
-from errors import ConfigurationError
+from errors import ConfigurationError, InputError
 from patchwise_512x512x604.utils.background import WriteBehind, read_ahead
 from patchwise_512x512x604.utils.patch_utils import Kind, Stitcher, Write
 from vq_gan_3d.codec import VQCodec
@@ -101,7 +101,8 @@ def reconstruct_volume(
         dtype: of the HU that come back: int16 (rounded) or float32.
 
     Raises:
-        ConfigurationError: unknown mode or weights, or a tile that cannot be. InputError: not three axes.
+        ConfigurationError: unknown mode or weights, or a tile that cannot be.
+        InputError: not three axes, or the codec gives values that are not finite.
         MemoryExhaustedError: a single tile does not fit.
     """
     if mode not in get_args(Mode):
@@ -121,7 +122,9 @@ def reconstruct_volume(
 
     def store(first: int, unit: np.ndarray) -> None:
         for at in range(0, len(unit), _SLICES):
-            out = window.to_hu(unit[at : at + _SLICES])
+            part = unit[at : at + _SLICES]
+            require_finite(bool(np.isfinite(part).all()))  # before it is clipped, which makes infinity plausible HU
+            out = window.to_hu(part)
             out = np.rint(out, out=out).astype(dtype) if np.dtype(dtype).kind in "iu" else out.astype(dtype, copy=False)
             if write is not None:
                 write(first + at, out)
@@ -138,6 +141,18 @@ def reconstruct_volume(
             _by_blending(codec, hu, window, tiling, weights, runner, counts, writer)
     seconds = time.perf_counter() - start
     return ReconstructionResult(result, counts, tiling, runner.tiles, runner.batch, seconds, _peak_bytes(where))
+
+
+def require_finite(finite: bool) -> None:
+    """Refuse what a codec gave unless it is ``finite``.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not finite:
+        raise InputError(
+            "the codec gives values that are not finite: take another checkpoint, and fp32 where bf16 was asked for"
+        )
 
 
 def free_batch(codec: VQCodec, tile_dhw: Triple, device: torch.device, precision: torch.dtype | None) -> int:
@@ -163,6 +178,7 @@ def _by_halo(
     def counted() -> Iterator[CodeSlab]:
         tiles = encoder_tiles(codec, hu, tile_dhw, runner)
         for rows, slab in encode_slabs(codec, hu, window, tiles, ahead=read_ahead):
+            require_finite(bool(slab.isfinite().all()))  # what is no number has no code to count
             with torch.inference_mode():
                 _count(codec.quantizer(slab.to(runner.device)[None]).indices, counts)
             yield rows, slab
@@ -192,7 +208,9 @@ def _by_blending(
     uncounted: list[Tensor] = []
 
     def code_and_back(volume: Tensor) -> Tensor:
-        quantized = codec.quantizer(codec.encode(volume))  # codes (B, C, d, h, w)
+        code = codec.encode(volume)  # (B, C, d, h, w)
+        require_finite(bool(code.isfinite().all()))
+        quantized = codec.quantizer(code)
         uncounted[:] = quantized.indices  # counted below, once the batch is through: it may run out of memory here
         return codec.decode_quantized(quantized.codes)  # (B, 1, D, H, W)
 
