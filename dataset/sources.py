@@ -27,13 +27,13 @@ from dataset.phantom import Phantom, make_phantom
 from dataset.prepared import PreparedVolume, body_of, one_maker, own_body, short_hash
 from dataset.store import SUFFIX, StoredVolume, open_store, verify_store, write_store
 from dataset.verification import find_volumes, verify_files
-from dataset.volume_io import AIR_HU, Volume, holds_air, read_nifti, to_int16_hu
+from dataset.volume_io import AIR_HU, Volume, floored, holds_air, read_nifti, to_int16_hu
 from errors import ConfigurationError, InputError
 
 log = logging.getLogger(__name__)
 Size = tuple[int, int, int]
 # Part of every cache key: raise it when prepared volumes change for the same input.
-PREPARATION_VERSION = 3
+PREPARATION_VERSION = 4
 VERIFIED = "verified.json"  # which cached volumes were read to their last voxel, by size and time
 
 
@@ -242,11 +242,12 @@ def _make(source: VolumeSource, size_dhw: Size | None, path: Path) -> StoredVolu
     volume = source.load()
     if not holds_air(volume.hu):  # no more than a warning: it may be a crop of tissue
         log.warning("%s: no voxel is below %d HU: is it in HU?", volume.source or source.name, AIR_HU)
-    hu, affine = volume.hu, volume.affine
+    (hu, padded), affine = floored(volume.hu), volume.affine
     if size_dhw is not None and hu.shape != tuple(size_dhw):
         resampled, affine = resample_to_size(hu, affine, size_dhw)
         hu, _, _ = to_int16_hu(resampled)
-    write_store(path, Volume(hu, affine), {"name": source.name, "body": body_metadata(hu, affine)})
+    metadata = {"name": source.name, "padded_voxels": padded, "body": body_metadata(hu, affine)}
+    write_store(path, Volume(hu, affine), metadata)
     return open_store(path)
 
 

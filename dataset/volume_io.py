@@ -30,6 +30,8 @@ from errors import InputError, MemoryExhaustedError, ProjectError, one_line
 MAX_VOXELS = 2**30
 # A CT volume holds air: one without a voxel below this was scaled or shifted, or is a crop of tissue.
 AIR_HU = -300
+# The lowest HU of a 12-bit scanner: what lies below it is padding, no measurement.
+HU_FLOOR = -1024
 _INT16 = np.iinfo(np.int16)
 _CHUNK_VOXELS = 1 << 20
 # Writers may pad the end of a file; more than this is data that the header does not account for.
@@ -160,6 +162,16 @@ def write_nifti(path: str | os.PathLike[str], volume: Volume) -> WriteReport:
 def holds_air(hu: np.ndarray) -> bool:
     """Whether a volume in HU, any shape, has a voxel below `AIR_HU`, as every chest has."""
     return int(hu.min()) < AIR_HU
+
+
+def floored(hu: np.ndarray) -> tuple[np.ndarray, int]:
+    """HU, any shape -> (the same with padding at `HU_FLOOR`, how many voxels that changed).
+
+    To be asked before resampling: padding of -3024 HU would darken the tissue beside it.
+    """
+    if int(hu.min()) >= HU_FLOOR:  # the common case, without a copy
+        return hu, 0
+    return np.maximum(hu, hu.dtype.type(HU_FLOOR)), int(np.count_nonzero(hu < HU_FLOOR))
 
 
 def to_int16_hu(values_hu: np.ndarray) -> tuple[np.ndarray, int, int]:

@@ -32,7 +32,7 @@ from preprocess.volume_tree import named_volumes
 log = logging.getLogger(__name__)
 REPORT_NAME = "build_store.json"
 # Part of every store: raise it when the same file and grid give another store, and `--resume` builds it again.
-BUILDER_VERSION = 3
+BUILDER_VERSION = 4
 _SIDECAR_BYTES = 1 << 20
 _MAX_SIZE = 4096
 
@@ -67,7 +67,7 @@ def build_one(
     from dataset.body import body_metadata
     from dataset.geometry import resample_to_size
     from dataset.store import open_store, write_store
-    from dataset.volume_io import AIR_HU, Volume, holds_air, read_nifti, to_int16_hu
+    from dataset.volume_io import AIR_HU, Volume, floored, holds_air, read_nifti, to_int16_hu
 
     path, target = Path(source), Path(output)
     facts = read_sidecar(Path(sidecar)) if sidecar else {}
@@ -77,7 +77,7 @@ def build_one(
         if facts and facts["shape_dhw"] != list(volume.hu.shape):
             raise InputError(f"{sidecar}: says shape {facts['shape_dhw']}, {path.name} has {list(volume.hu.shape)}: "
                              "it belongs to another volume, remove it or convert again")  # fmt: skip
-        hu, affine = volume.hu, volume.affine
+        (hu, padded), affine = floored(volume.hu), volume.affine
         if not allow_no_air and not holds_air(hu):
             raise InputError(f"{path}: no voxel is below {AIR_HU} HU, so it is not in HU: convert it again, or give "
                              "--allow-no-air if it is a crop of tissue")  # fmt: skip
@@ -89,6 +89,7 @@ def build_one(
             **wanted,
             "rounded_voxels": volume.rounded,
             "clipped_voxels": volume.clipped,
+            "padded_voxels": padded,
             "body": body_metadata(hu, affine),
         }
         write_store(target, Volume(hu, affine, source=source), metadata)

@@ -20,13 +20,12 @@ from pydicom.encaps import get_frame
 from pydicom.pixels.decoders.base import get_decoder
 from pydicom.uid import UID
 
+from dataset.volume_io import HU_FLOOR  # what is no image becomes this; so does anything below
 from errors import InputError, one_line
 from preprocess.dicom_deflated import inflated
 from preprocess.dicom_elements import token
 from preprocess.dicom_header import BIG_ENDIAN, DEFLATED, NATIVE, Pixels, Slice
 
-# What is no image becomes this; so does anything below, because HU has no lower value on a 12-bit scanner.
-HU_FLOOR = -1024
 # A padding value between these HU may be tissue or bone as well: only where it touches the border is it padding.
 _TISSUE_HU = (-900.0, 3000.0)
 _INT16 = np.iinfo(np.int16)

@@ -14,10 +14,10 @@ import numpy as np
 from scipy import ndimage
 
 from dataset.geometry import to_standard
-from dataset.volume_io import AIR_HU, MAX_VOXELS, Volume, holds_air, to_int16_hu
+from dataset.volume_io import AIR_HU, HU_FLOOR, MAX_VOXELS, Volume, holds_air, to_int16_hu
 from errors import InputError
 from preprocess.dicom_header import Slice
-from preprocess.dicom_pixels import HU_FLOOR, PixelCounts, read_stored, to_hu
+from preprocess.dicom_pixels import PixelCounts, read_stored, to_hu
 from preprocess.dicom_stack import Stack, as_orthogonal, build_stack, without_localizers
 
 # So many voxels of a chest are soft tissue, within this of water: a quarter at least of the real ones at hand. Where an

@@ -57,6 +57,19 @@ def test_resampled_whole_and_in_place(tmp_path, cache):
     np.testing.assert_allclose(centre, source.load().affine @ [2.5, 3.5, 4.5, 1])
 
 
+@pytest.mark.parametrize("size", [None, (3, 4, 5)])
+def test_t21_padding_is_floored_before_it_is_resampled(tmp_path, cache, size):
+    hu = np.random.default_rng(0).integers(-1024, 1000, (6, 8, 10)).astype(np.int16)
+    prepared = []
+    for name, padding in (("padded", -3024), ("clean", -1024)):
+        hu[:, :2] = padding
+        write_nifti(tmp_path / f"{name}.nii.gz", Volume(hu, AFFINE))
+        prepared.append(prepare(NiftiSource(tmp_path / f"{name}.nii.gz"), size, cache))
+    np.testing.assert_array_equal(prepared[0].open(), prepared[1].open())
+    counts = [verify_store(volume.path).metadata["padded_voxels"] for volume in prepared]
+    assert counts == [6 * 2 * 10, 0]
+
+
 def test_cache_is_reused(tmp_path, cache, monkeypatch):
     source = NiftiSource(nifti(tmp_path / "a.nii.gz"))
     first = prepare(source, None, cache)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset.geometry import Orientation, to_standard
-from dataset.volume_io import Volume, read_header, read_nifti, to_int16_hu, write_nifti
+from dataset.volume_io import Volume, floored, read_header, read_nifti, to_int16_hu, write_nifti
 from errors import InputError, StorageError
 
 from .test_geometry import ALL_CODES, affines, shapes
@@ -184,6 +184,16 @@ def test_t30_writing_floats_counts_rounding_and_clipping(path):
     report = write_nifti(path, Volume(values, np.diag([1.0, -1, -1, 1])[[2, 1, 0, 3]]))
     assert (report.rounded, report.clipped) == (3, 3)
     assert read_nifti(path).hu.ravel().tolist() == [1, 2, 0, 32767, -32768, 32767, 0, 7]
+
+
+def test_t21_padding_below_the_floor_is_counted_and_the_rest_untouched():
+    hu = np.array([-32768, -3024, -1025, -1024, -1023, 0, 32767], np.int16)
+    result, count = floored(hu)
+    assert result.tolist() == [-1024] * 4 + [-1023, 0, 32767]
+    assert (result.dtype, count) == (np.int16, 3)
+    assert hu[0] == -32768
+    clean = hu[3:]
+    assert floored(clean)[0] is clean
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64, np.float16, np.float64])

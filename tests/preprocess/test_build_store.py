@@ -18,7 +18,7 @@ from dataset.geometry import resample_to_size
 from dataset.patch_sampling import read_body
 from dataset.store import open_store
 from dataset.verification import verify_files
-from dataset.volume_io import read_nifti, to_int16_hu
+from dataset.volume_io import read_nifti, to_int16_hu, write_nifti
 from errors import InputError
 from preprocess.build_store import grid_name, parse_grid
 from tests.dataset.test_geometry import ALL_CODES, affines, shapes
@@ -85,7 +85,7 @@ def test_t28_all_48_orientations_give_the_same_store(tmp_path):
 @settings(max_examples=25, deadline=None)
 def test_t29_round_trip_is_exact(tmp_path_factory, shape, file_affine, seed):
     folder = tmp_path_factory.getbasetemp()
-    hu = np.random.default_rng(seed).integers(-32768, 32768, shape).astype(np.int16)
+    hu = np.random.default_rng(seed).integers(-1024, 32768, shape).astype(np.int16)
     image = nib.Nifti1Image(hu, file_affine)
     image.header.set_sform(file_affine, 1)
     nib.save(image, folder / "ct.nii")
@@ -103,7 +103,22 @@ def test_t30_rounded_and_clipped_voxels_are_counted(tmp_path):
     one(tmp_path / "ct.nii", tmp_path / "ct.b2nd")
     stored = open_store(tmp_path / "ct.b2nd")
     assert (stored.metadata["rounded_voxels"], stored.metadata["clipped_voxels"]) == (2, 2)
-    assert sorted(np.unique(stored.hu[...])) == [-32768, 0, 2, 32767]
+    assert sorted(np.unique(stored.hu[...])) == [-1024, 0, 2, 32767]  # -32768 is padding
+
+
+@pytest.mark.parametrize("grid", [None, [5, 6, 7]])
+@pytest.mark.parametrize("padding", [-3024, -2000, -1025])
+def test_t21_padding_of_a_nifti_file_is_floored_before_it_is_resampled(tmp_path, grid, padding):
+    padded, clean = volume(shape=(10, 12, 14)), volume(shape=(10, 12, 14))
+    padded.hu[:, :3], clean.hu[:, :3] = padding, -1024
+    write_nifti(tmp_path / "padded.nii.gz", padded)
+    write_nifti(tmp_path / "clean.nii.gz", clean)
+    for name in ("padded", "clean"):
+        one(tmp_path / f"{name}.nii.gz", tmp_path / f"{name}.b2nd", grid=grid)
+    stored, expected = open_store(tmp_path / "padded.b2nd"), open_store(tmp_path / "clean.b2nd")
+    np.testing.assert_array_equal(stored.hu[...], expected.hu[...])
+    assert stored.metadata["body"] == expected.metadata["body"]
+    assert (stored.metadata["padded_voxels"], expected.metadata["padded_voxels"]) == (10 * 3 * 14, 0)
 
 
 @pytest.mark.parametrize("how", ["in [0, 1]", "shifted"])

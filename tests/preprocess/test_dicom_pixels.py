@@ -11,10 +11,11 @@ from pydicom.dataset import Dataset
 from pydicom.pixels.decoders import JPEGLSLosslessDecoder
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
 
+from dataset.volume_io import HU_FLOOR
 from errors import InputError
 from preprocess import dicom_pixels
 from preprocess.dicom_header import NotDicomError, NotImageError, read_header
-from preprocess.dicom_pixels import HU_FLOOR, read_stored
+from preprocess.dicom_pixels import read_stored
 from preprocess.dicom_rules import has_contrast
 from preprocess.dicom_series import read_series
 from tests.helpers import REAL_DATA

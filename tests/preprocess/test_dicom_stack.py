@@ -12,9 +12,9 @@ from pydicom.dataset import Dataset
 
 from dataset.phantom import affine_of
 from dataset.phantom_dicom import SeriesTags
-from dataset.volume_io import Volume
+from dataset.volume_io import HU_FLOOR, Volume
 from errors import InputError
-from preprocess.dicom_series import HU_FLOOR, read_series
+from preprocess.dicom_series import read_series
 from tests.preprocess.dicom_factory import TAGS, datasets, frames_of, random_volume, series, write
 
 
