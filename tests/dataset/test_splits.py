@@ -1,4 +1,4 @@
-"""Splits by patient: disjoint, stable, and refused where they cannot be made (T23)."""
+"""Splits by patient: disjoint, stable, and refused where they cannot be made."""
 
 from __future__ import annotations
 
