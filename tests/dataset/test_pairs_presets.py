@@ -7,12 +7,15 @@ import json
 import numpy as np
 import pydicom
 import pytest
+from hydra import compose, initialize_config_dir
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
+from dataset.from_config import volume_sources
 from dataset.pairs_keys import pseudonym, read_key
 from dataset.presets import lidc_cases, rspect_cases
 from errors import ConfigurationError, InputError
+from tests.helpers import ROOT
 
 KEY = b"0123456789abcdef" * 2
 COLUMNS = (
@@ -212,3 +215,45 @@ def test_the_key_lies_beside_the_converted_folder(tmp_path):
     assert read_key(None, root) == KEY
     with pytest.raises(ConfigurationError, match=r"dataset\.key"):
         read_key(tmp_path / "none.key", root)
+
+
+def configured(*overrides):
+    """The ``dataset`` group as the baseline's trainer sees it."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "baseline_256x256x64/config")):
+        return compose("base_cfg", list(overrides)).dataset
+
+
+def assert_split(cases, patients):
+    """Everybody is there once, on one of three sides, and no side is empty."""
+    assert sorted(case.patient for case in cases) == sorted(patients)
+    assert {case.split for case in cases} == {"train", "validation", "test"}
+
+
+def test_rspect_from_the_command_line(tmp_path):
+    studies = {f"{number:012x}": POSITIVE if number % 3 else NEGATIVE for number in range(40)}
+    rows = [row(study, f"s{study}", f"i{study}", int(exam == POSITIVE), exam) for study, exam in studies.items()]
+    (tmp_path / "published").mkdir()
+    table = tmp_path / "published" / "labels.csv"
+    table.write_text("\n".join([COLUMNS, *rows]) + "\n")
+    for study in studies:
+        touch(tmp_path / "volumes" / f"0123456789ab_{pseudonym(KEY, 'series', f's{study}')}.nii.gz")
+    (tmp_path / "my.key").write_bytes(KEY + b"\n")
+    dataset = ("dataset=rspect", f"dataset.root_dir={tmp_path}/volumes", f"dataset.csv={table}")
+    cases = volume_sources(configured(*dataset, f"dataset.key={tmp_path}/my.key"))
+    assert {case.patient: case.label for case in cases} == {s: exam == POSITIVE for s, exam in studies.items()}
+    assert_split(cases, studies)
+    with pytest.raises(InputError):  # without the key nobody is found
+        volume_sources(configured(*dataset))
+
+
+def test_lidc_from_the_command_line(tmp_path):
+    patients = [f"LIDC-IDRI-{number:04d}" for number in range(1, 41)]
+    for patient in patients:
+        touch(tmp_path / "volumes" / f"{pseudonym(KEY, 'patient', patient)}_0123456789ab.nii.gz")
+        dicom(tmp_path / "LIDC-IDRI" / patient / "study" / "1" / "1-1.dcm", "CR", "PA")
+    (tmp_path / "volumes.key").write_bytes(KEY + b"\n")
+    dataset = ("dataset=lidc", f"dataset.root_dir={tmp_path}/volumes")
+    cases = volume_sources(configured(*dataset, f"dataset.xray_dir={tmp_path}/LIDC-IDRI"))
+    assert_split(cases, patients)
+    assert all([path.parents[2].name for path in case.xrays] == [case.patient] for case in cases)
+    assert all(case.needs_drr for case in volume_sources(configured(*dataset)))
