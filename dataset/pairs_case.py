@@ -34,10 +34,12 @@ class CTCase:
         name: unique in its cohort and safe as a file name.
         patient: whose volume it is; splits go by it.
         ct: .nii, .nii.gz or a .b2nd store.
-        xrays: radiographs of the same patient; empty: rendered from the CT on demand.
+        xrays: radiographs of the same patient; empty: rendered from the CT on demand. Files that tell no view are
+            frontal.
         label: pulmonary embolism; None where nobody said.
         report: text of the radiologist's report.
         split: "train", "validation" or "test"; None before splits are assigned.
+        laterals: lateral views, beside those in ``xrays`` that say so themselves.
     """
 
     name: str
@@ -47,6 +49,7 @@ class CTCase:
     label: bool | None = None
     report: str | None = None
     split: str | None = None
+    laterals: tuple[Path, ...] = ()
 
     @property
     def needs_drr(self) -> bool:

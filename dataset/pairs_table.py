@@ -5,6 +5,7 @@ Columns, in any order (a header row, commas, UTF-8):
 - ``patient`` (needed): whose volume it is; splits go by it.
 - ``ct`` (needed): .nii, .nii.gz or .b2nd.
 - ``xray``: several in one cell, parted by ``;``, or by repeated rows of the same CT; empty: rendered on demand.
+- ``lateral``: lateral views, like ``xray``; a PNG or JPEG in ``xray`` is taken as frontal, since it tells no view.
 - ``label``: pulmonary embolism: yes/no, true/false, 1/0, positive/negative; empty: unknown.
 - ``report``: the text, or the path of a .txt file.
 - ``split``: train, validation or test, for every row or for none.
@@ -28,7 +29,7 @@ from errors import InputError, one_line
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ("patient", "ct", "xray", "label", "report", "split")
+COLUMNS = ("patient", "ct", "xray", "lateral", "label", "report", "split")
 _NEEDED = ("patient", "ct")
 _LABELS = {
     **dict.fromkeys(("yes", "true", "1", "positive", "pos", "y", "t"), True),
@@ -48,6 +49,7 @@ class _Examination:
     row: int
     given: dict[str, tuple[object, int]]  # label, report, split: value and the row that said it
     xrays: list[Path] = field(default_factory=list)
+    laterals: list[Path] = field(default_factory=list)
 
 
 class _RowError(Exception):
@@ -75,7 +77,7 @@ def read_pairs(path: str | os.PathLike[str]) -> list[CTCase]:
             table.add(row, cells)
         except _RowError as error:
             problems.append(f"{path}: row {row}: {one_line(error)}")
-    problems += [f"{path}: {problem}" for problem in table.split_problems()]
+    problems += [f"{path}: {problem}" for problem in (*table.view_problems(), *table.split_problems())]
     if problems:
         for problem in problems[:_MAX_LOGGED]:
             log.error("%s", problem)
@@ -147,19 +149,23 @@ class _Table:
         ct = self.existing(cells["ct"])
         if not ct.name.lower().endswith(VOLUME_SUFFIXES):
             raise _RowError(f"{ct} is no volume: a CT is a .nii, .nii.gz or .b2nd file")
-        xrays = [self.existing(part.strip()) for part in cells.get("xray", "").split(";") if part.strip()]
+        xrays, laterals = (
+            [self.existing(part.strip()) for part in cells.get(column, "").split(";") if part.strip()]
+            for column in ("xray", "lateral")
+        )
         given: dict[str, tuple[object, int]] = {}
         for column, parse in (("label", _label), ("split", _split), ("report", self.report)):
             if cells.get(column):
                 given[column] = (parse(cells[column]), row)
         known = self.examinations.get(ct)
         if known is not None:
-            self.check_repeated(known, patient, ct, xrays, given)
-        self.check_xrays(xrays, patient, row, known)
+            self.check_repeated(known, patient, ct, xrays + laterals, given)
+        self.check_xrays(xrays + laterals, patient, row, known)
         if known is None:
-            self.examinations[ct] = _Examination(patient, ct, row, given, xrays)
+            self.examinations[ct] = _Examination(patient, ct, row, given, xrays, laterals)
         else:
             known.xrays += xrays
+            known.laterals += laterals
             known.given |= given
 
     @staticmethod
@@ -184,7 +190,7 @@ class _Table:
         if len(set(xrays)) < len(xrays):
             raise _RowError("names an X-ray twice: remove one")
         for xray in xrays:
-            if known is not None and xray in known.xrays:
+            if known is not None and xray in (*known.xrays, *known.laterals):
                 raise _RowError(f"repeats {xray} of the same CT (row {known.row}): remove one")
             owner, owner_row = self.xray_owners.setdefault(xray, (patient, row))
             if owner != patient:
@@ -208,6 +214,14 @@ class _Table:
             return path.read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
             raise _RowError(f"{path} is no report in UTF-8 text ({one_line(error)})") from error
+
+    def view_problems(self) -> list[str]:
+        """CTs of which only a lateral view is named."""
+        return [
+            f"row {case.row}: a lateral view and no frontal one: name that in xray, or leave both to be rendered"
+            for case in self.examinations.values()
+            if case.laterals and not case.xrays
+        ]
 
     def split_problems(self) -> list[str]:
         """Patients on two sides, and rows without a split among rows that have one."""
@@ -242,6 +256,7 @@ class _Table:
                 value.get("label"),  # type: ignore[arg-type]
                 value.get("report"),  # type: ignore[arg-type]
                 value.get("split"),  # type: ignore[arg-type]
+                tuple(examination.laterals),
             )
 
 

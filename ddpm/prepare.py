@@ -123,6 +123,7 @@ def radiographs_of(
     for path in getattr(source, "xrays", ()):
         view = view_of(path)
         own.setdefault("frontal" if view == "unknown" else view, []).append(path)
+    own["lateral"] = [*own.get("lateral", ()), *getattr(source, "laterals", ())]
     return tuple(tuple(own[view]) for view in views)
 
 

@@ -69,6 +69,22 @@ def test_several_xrays_by_repeated_rows(folder):
     assert (case.label, case.report, case.split) == (True, "text", "train")
 
 
+WITH_LATERAL = "patient,ct,xray,lateral"
+
+
+def test_lateral_views_have_a_column(folder):
+    (case,) = read_pairs(table(folder, "p1,ct/a.nii.gz,xray/a1.png,xray/a2.dcm", header=WITH_LATERAL))
+    assert [[path.name for path in paths] for paths in (case.xrays, case.laterals)] == [["a1.png"], ["a2.dcm"]]
+    assert "names an X-ray twice" in refused(
+        table(folder, "p1,ct/a.nii.gz,xray/a1.png,xray/a1.png", header=WITH_LATERAL)
+    )
+    assert "row 2: a lateral view and no frontal one" in refused(
+        table(folder, "p1,ct/a.nii.gz,,xray/a2.dcm", header=WITH_LATERAL)
+    )
+    rows = "p1,ct/a.nii.gz,xray/a1.png,xray/a2.dcm", "p2,ct/b.nii.gz,xray/b1.jpg,xray/a2.dcm"
+    assert "belongs to patient p1" in refused(table(folder, *rows, header=WITH_LATERAL))
+
+
 def test_one_patient_may_have_several_examinations_with_their_own_labels(folder):
     cases = read_pairs(table(folder, "p1,ct/a.nii.gz,,yes,,train", "p1,ct/b.nii.gz,,no,,train"))
     assert [(case.name, case.label) for case in cases] == [("p1_a", True), ("p1_b", False)]
