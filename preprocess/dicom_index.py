@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from errors import InputError
+from errors import ConfigurationError, InputError
 from preprocess.dicom_header import EXPLICIT, IMPLICIT, NotDicomError, NotImageError, read_header
 
 log = logging.getLogger(__name__)
@@ -39,12 +39,14 @@ class Index:
 
     Attributes:
         studies: files by StudyInstanceUID (SeriesInstanceUID where that is absent), each sorted.
+        series: SeriesInstanceUIDs by the same.
         not_dicom: foreign files, ignored.
         not_image: DICOM objects without pixels (directories, reports), ignored.
         damaged: reasons for DICOM files that belong to no study because their header cannot be read.
     """
 
     studies: dict[str, list[str]] = field(default_factory=dict)
+    series: dict[str, set[str]] = field(default_factory=dict)
     not_dicom: int = 0
     not_image: int = 0
     damaged: list[str] = field(default_factory=list)
@@ -58,10 +60,11 @@ def index_tree(root: Path, skip: Path | None = None) -> Index:
         skip: a folder to leave out (that of the results).
 
     Raises:
-        InputError: it does not exist, or holds no DICOM image.
+        ConfigurationError: it does not exist.
+        InputError: it holds no DICOM image.
     """
     if not root.exists():
-        raise InputError(f"{root}: no such folder: point --input at a folder of DICOM files")
+        raise ConfigurationError(f"{root}: no such folder: point --input at a folder of DICOM files")
     index = Index()
     files = sorted(_walk(root, skip)) if root.is_dir() else [str(root)]
     for path in tqdm(files, desc="indexing", unit="file", disable=not sys.stderr.isatty()):
@@ -74,7 +77,9 @@ def index_tree(root: Path, skip: Path | None = None) -> Index:
         except InputError as error:
             index.damaged.append(str(error))
         else:
-            index.studies.setdefault(identity.study_uid or identity.series_uid, []).append(path)
+            study = identity.study_uid or identity.series_uid
+            index.studies.setdefault(study, []).append(path)
+            index.series.setdefault(study, set()).add(identity.series_uid)
     if not index.studies:
         others = f"{index.not_dicom} other files, {index.not_image} DICOM objects without pixels"
         damaged = f", {len(index.damaged)} damaged: {index.damaged[0]}" if index.damaged else ""

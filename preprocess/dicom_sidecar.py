@@ -12,7 +12,6 @@ from typing import Any
 from pydicom.uid import UID
 
 from dataset.pairs_case import SIDECAR_FORMAT
-from dataset.volume_io import WriteReport
 from preprocess.dicom_elements import token
 from preprocess.dicom_rules import has_contrast
 from preprocess.dicom_series import Series
@@ -52,13 +51,12 @@ def kernel(text: str) -> str:
     return name if not name or _KERNEL.match(name) or name.upper() in _KERNEL_WORDS else "other"
 
 
-def sidecar(series: Series, names: dict[str, str], written: WriteReport) -> dict[str, Any]:
+def sidecar(series: Series, names: dict[str, str]) -> dict[str, Any]:
     """Everything that leaves with a volume.
 
     Args:
         series: what was read.
         names: hashes of patient, study and series.
-        written: of `write_nifti`.
 
     Returns:
         JSON-able; lengths in mm, sizes in the order (D, H, W) of the project.
@@ -91,8 +89,8 @@ def sidecar(series: Series, names: dict[str, str], written: WriteReport) -> dict
         "duplicates_dropped": stack.duplicates,
         "localizers_dropped": series.localizers,
         "voxels_padded": counts.padded,
-        "voxels_rounded": counts.rounded + written.rounded,
-        "voxels_clipped": counts.clipped + written.clipped,
+        "voxels_rounded": counts.rounded,
+        "voxels_clipped": counts.clipped,
         "voxels_padding_in_tissue_kept": counts.tissue_padding,
         "notes": [*stack.notes, *([] if first.patient else [NO_PATIENT_NOTE])],
     }

@@ -21,6 +21,8 @@ from preprocess.dicom_sidecar import sidecar
 from preprocess.dicom_stack import build_stack, without_localizers
 
 _REASONS_SHOWN = 3
+# In the reason of a study that was looked through and holds no acceptable series, and in no other
+NO_VOLUME = "no series is an acceptable CT volume"
 
 
 def convert_study(
@@ -99,7 +101,7 @@ def convert_study(
         return record
     shown = "; ".join(f"series {entry['series']}: {', '.join(entry['reasons'])}" for entry in rejected[:_REASONS_SHOWN])
     more = f" (and {len(rejected) - _REASONS_SHOWN} more)" if len(rejected) > _REASONS_SHOWN else ""
-    raise InputError(f"study {name}: no series is an acceptable CT volume: {shown}{more}")
+    raise InputError(f"study {name}: {NO_VOLUME}: {shown}{more}")
 
 
 def _by_series(files: Sequence[str]) -> tuple[dict[str, list[Slice]], dict[str, list[str]], Counter[str]]:
@@ -150,8 +152,9 @@ def _write(result: Series, names: dict[str, str], folder: Path) -> tuple[dict[st
         raise StorageError(
             one_line(f"{folder}: cannot be created ({error.strerror}): choose another --output")
         ) from error
-    written = write_nifti(volume_path, result.volume)
-    facts = sidecar(result, names, written)
+    facts = sidecar(result, names)
+    # the sidecar first: a volume that a kill left without one would count as a patient of its own
     with atomic_write(json_path) as handle:
         handle.write(json.dumps(facts, indent=1, sort_keys=True).encode() + b"\n")
+    write_nifti(volume_path, result.volume)
     return facts, [str(volume_path), str(json_path)]

@@ -14,6 +14,7 @@ import csv
 import io
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from errors import ConfigurationError, ExitCode, InputError, run_command
 from preprocess.batch import Job, absolute_path, add_batch_arguments, run_as_asked, summarise
 from preprocess.dicom_identity import load_key
 from preprocess.dicom_index import Index, index_tree
+from preprocess.dicom_retire import retire
 from preprocess.dicom_rules import CONTRAST_CHOICES, load_rules
 from preprocess.dicom_study import convert_study
 
@@ -88,22 +90,39 @@ def main(arguments: argparse.Namespace) -> int:
     if table is not None:
         write_source_table(table, jobs)
     result = run_as_asked(convert_study, jobs, arguments, REPORT_NAME, "DICOM to NIfTI")
+    series = {job.name: uids for job, uids in zip(jobs, index.series.values(), strict=True)}
+    retired = retire(output, result, series, key)
     written = sum(len(record["chosen"]) for record in result.records.values())
     left_out = sum(len(record["rejected"]) for record in result.records.values())
     print_ignored(index)
     print(
         f"{written} volumes written, {left_out} other series left out; names are keyed with {key_file}: keep it secret"
     )
+    if noted := sum(bool(facts.get("notes")) for record in result.records.values() for facts in record["chosen"]):
+        print(f"{noted} volumes have notes on what may be wrong with them: see `notes` in {REPORT_NAME}")
+    if retired.removed:
+        print(f"{retired.removed} volumes of earlier runs removed: their series are no longer chosen")
+    late = [doubt(output, retired.doubtful)] if retired.doubtful else []
+    if late and result.failures:  # their verdict comes last
+        print(f"warning: {late.pop()}", file=sys.stderr)
     # the console may name the input, the report, which is passed on with the results, may not
     located = {name: f"{arguments.input}: {reason}" for name, reason in result.failures.items()}
     code = summarise(replace(result, failures=located), "studies converted")
     if code == ExitCode.OK and not written:
         raise InputError(f"{arguments.input}: none of its {len(jobs)} studies holds CT: point --input at CT")
     if index.damaged and code == ExitCode.OK:
-        reason = f"{len(index.damaged)} damaged DICOM files belong to no study, the first: {index.damaged[0]}"
+        late.append(f"{len(index.damaged)} damaged DICOM files belong to no study, the first: {index.damaged[0]}")
+    for reason in late:
         print(f"error: {reason}", file=sys.stderr)
-        return ExitCode.SKIPS
-    return code
+    return ExitCode.SKIPS if late else code
+
+
+def doubt(output: Path, names: Sequence[str]) -> str:
+    """A line on volumes of which nobody can say whether they are out of date."""
+    return (
+        f"{output}: {len(names)} volumes of earlier runs were left, the first: {names[0]}: their study was converted "
+        "without them, or they have no JSON: remove them, or they go into training beside the others"
+    )
 
 
 def print_ignored(index: Index) -> None:

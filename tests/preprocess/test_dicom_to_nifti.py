@@ -191,11 +191,11 @@ def test_an_absent_patient_id_is_noted(tmp_path: Path) -> None:
     assert sidecar_of(output)["notes"] == [NO_PATIENT_NOTE]
 
 
-def test_no_dicom_and_no_folder_are_bad_input(tmp_path: Path) -> None:
+def test_no_dicom_is_bad_input_and_no_folder_a_bad_command(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.txt").write_text("x")
     assert_one_line_error(convert(tmp_path / "in", tmp_path / "out", check=3), "in", "holds no DICOM image", "1 other")
-    assert_one_line_error(convert(tmp_path / "nowhere", tmp_path / "out", check=3), "nowhere", "no such folder")
+    assert_one_line_error(convert(tmp_path / "nowhere", tmp_path / "out", check=2), "nowhere", "no such folder")
 
 
 @pytest.mark.slow
