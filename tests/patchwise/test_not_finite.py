@@ -16,7 +16,7 @@ from errors import InputError
 from evaluation.metrics.codebook import CodeUsage
 from patchwise_512x512x604.evaluation_set import Model
 from patchwise_512x512x604.patch_validation import validate_volume
-from patchwise_512x512x604.utils.reconstruction import reconstruct_volume
+from patchwise_512x512x604.utils.reconstruction import Mode, reconstruct_volume
 from tests.helpers import assert_one_line_error
 from tests.patchwise.conftest import Script
 from tests.vq_gan_3d.test_codec import randomized, tiny_config
@@ -31,7 +31,7 @@ def broken(part: str, value: float) -> VQCodec:
     codec = randomized(tiny_config()).eval()
     with torch.no_grad():
         if part == "encoder":
-            codec.to_code.bias[0] = value
+            codec.to_code.weight[0] = value
         else:
             list(codec.decoder.parameters())[-1][0] = value
     return codec
@@ -39,7 +39,7 @@ def broken(part: str, value: float) -> VQCodec:
 
 @pytest.mark.parametrize("mode", ["halo", "blend"])
 @pytest.mark.parametrize(("part", "value"), [("encoder", np.nan), ("decoder", np.nan), ("decoder", np.inf)])
-def test_neither_hu_nor_codes_are_made_of_it(mode, part: str, value: float) -> None:
+def test_neither_hu_nor_codes_are_made_of_it(mode: Mode, part: str, value: float) -> None:
     hu = np.zeros((36, 32, 32), np.int16)
     codec = broken(part, value)
     with torch.inference_mode():
