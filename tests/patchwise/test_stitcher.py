@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.memory import peak_rss_of
 from dataset.tiling import Tiling, Triple
 from errors import ConfigurationError
 from patchwise_512x512x604.utils.patch_utils import Kind, Stitcher, axis_plan, blend_weights
@@ -169,12 +171,18 @@ from patchwise_512x512x604.utils.patch_utils import Stitcher
 from vq_gan_3d.memory import peak_rss_bytes
 depth = int(sys.argv[1])
 tiling = Tiling((depth, 512, 512), (128, 256, 256), 0.25, (4, 4, 4))
-tile, wrong, seen = np.full(tiling.tile_dhw, 0.1, np.float32), 0, 0
+plane = (np.arange(512)[:, None] * 3 + np.arange(512)).astype(np.int32)  # of no two places the same tile or slice
+tile, wrong, seen = np.empty(tiling.tile_dhw, np.float32), 0, 0
 def write(first, slices):
     global wrong, seen
-    wrong += int((slices != np.float32(0.1)).sum()); seen += len(slices)
+    for d, there in enumerate(slices, first):
+        wrong += int((there != (d * 7 + plane) % 1021).sum())
+    seen += len(slices)
 stitcher = Stitcher(tiling, "linear", write)
 for start in tiling:
+    part = plane[start[1] : start[1] + 256, start[2] : start[2] + 256]
+    for i in range(len(tile)):
+        tile[i] = ((start[0] + i) * 7 + part) % 1021
     stitcher.add(start, tile)
 stitcher.finish()
 print(len(tiling), wrong, seen, peak_rss_bytes() // 2**20)
@@ -194,3 +202,27 @@ def test_t34_full_size_in_memory_that_does_not_grow_with_depth() -> None:
     # not with depth, but with what the last tile, moved back inside, shares: 104 slices of 151 and 1208, 36 of 604
     assert max(peaks.values()) - min(peaks.values()) < 100, peaks
     assert abs(peaks[151] - peaks[1208]) < 30, peaks
+
+
+def stitch_full_size() -> Callable[[], object]:
+    """A step that stitches 512×512×604 voxels into an output that is there already."""
+    tiling = Tiling((604, 512, 512), (128, 256, 256), 0.25, (4, 4, 4))
+    output, tile = np.ones(tiling.shape_dhw, np.float32), np.ones(tiling.tile_dhw, np.float32)
+
+    def write(first: int, slices: np.ndarray) -> None:
+        output[first : first + len(slices)] = slices
+
+    def step() -> None:
+        stitcher = Stitcher(tiling, "gaussian", write)
+        for start in tiling:
+            stitcher.add(start, tile)
+        stitcher.finish()
+
+    return step
+
+
+@pytest.mark.slow
+def test_t34_the_stitcher_takes_at_most_400_mb_above_its_output() -> None:
+    """The benchmark (`benchmarks/stitch.py`) has 256 MB on a quiet machine."""
+    taken = peak_rss_of(stitch_full_size)
+    assert 50e6 < taken <= 400e6, f"{taken / 1e6:.0f} MB"  # a slab of 128 slices alone is 134 MB
