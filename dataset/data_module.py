@@ -83,9 +83,11 @@ class VolumeDataModule(pl.LightningDataModule):
         tissue_bias: share of training patches that are centred in the body.
         validation_tiles: with ``patch_dhw``, what is validated of a held-out volume: 0 its central patch, N so many
             tiles, evenly spaced, None all that cover it.
+        overfit_patches: so many training samples, the same ones in every epoch, to see whether they can be learnt;
+            None: all.
 
     Raises:
-        ConfigurationError: an empty split, or splits that contradict each other.
+        ConfigurationError: an empty split, splits that contradict each other, or a number that cannot be.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class VolumeDataModule(pl.LightningDataModule):
         max_bad_fraction: float,
         tissue_bias: float = 0.0,
         validation_tiles: int | None = 0,
+        overfit_patches: int | None = None,
     ) -> None:
         super().__init__()
         self.collate = collate  # of samples into a batch; latents have one of their own
@@ -119,6 +122,11 @@ class VolumeDataModule(pl.LightningDataModule):
         if validation_tiles is not None and validation_tiles < 0:
             raise ConfigurationError(
                 f"dataset.validation_tiles={validation_tiles}: give a number of tiles, null for all"
+            )
+        self.overfit_patches = overfit_patches
+        if overfit_patches is not None and not (type(overfit_patches) is int and overfit_patches >= 1):
+            raise ConfigurationError(
+                f"dataset.overfit_patches={overfit_patches}: give a number of samples, at least 1, or null for all"
             )
         splits = assign_splits(
             _given_splits(sources), validation_fraction=validation_fraction, validation=list(validation)
@@ -163,6 +171,7 @@ class VolumeDataModule(pl.LightningDataModule):
                 patches_per_volume=self.patches_per_volume if train else 1,
                 seed=self.seed,
                 tissue_bias=self.tissue_bias,
+                overfit_patches=self.overfit_patches if train else None,
             )
         self.sampler = training_order(len(self.datasets["training"]), self.batch_size, self.seed, rank, world_size)
         return self.sampler
@@ -178,6 +187,8 @@ class VolumeDataModule(pl.LightningDataModule):
         self.sampler.resume_at(steps)
         volumes = self.datasets["training"].volumes
         indices = [index for _, index in islice(self.sampler, self.batches_in_flight * self.batch_size)]
+        if self.overfit_patches is not None:
+            indices = [index % self.overfit_patches for index in indices]
         return list(dict.fromkeys(volumes[index % len(volumes)].name for index in indices))
 
     def _share_of_validation(self) -> list[int]:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from dataset.data_module import VolumeDataModule, training_order
 from dataset.sampler import ResumableSampler
 from dataset.sources import VolumeSource
+from errors import ConfigurationError
 
 
 class OnVolumesDataModule(pl.LightningDataModule):
@@ -18,10 +19,17 @@ class OnVolumesDataModule(pl.LightningDataModule):
 
     Args:
         volumes: the cohort.
+
+    Raises:
+        ConfigurationError: a setting of the cohort that trainers on volumes alone heed.
     """
 
     def __init__(self, volumes: VolumeDataModule) -> None:
         super().__init__()
+        if volumes.overfit_patches is not None:
+            raise ConfigurationError(
+                f"dataset.overfit_patches={volumes.overfit_patches}: only the codec trains on patches: leave it null"
+            )
         self.volumes = volumes
 
     @property

@@ -67,6 +67,7 @@ class VolumeDataset(Dataset[dict[str, Any]]):
         patches_per_volume: samples drawn from each volume in an epoch.
         seed: of the positions.
         tissue_bias: share of random patches that are centred in the body, in [0, 1].
+        overfit_patches: so many samples at most, the same in every epoch and as often as needed to fill it; None: all.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class VolumeDataset(Dataset[dict[str, Any]]):
         patches_per_volume: int = 1,
         seed: int = 0,
         tissue_bias: float = 0.0,
+        overfit_patches: int | None = None,
     ) -> None:
         self.volumes = list(volumes)
         self.patch_dhw = patch_dhw
@@ -85,6 +87,7 @@ class VolumeDataset(Dataset[dict[str, Any]]):
         self.patches_per_volume = patches_per_volume
         self.seed = seed
         self.tissue_bias = tissue_bias
+        self.overfit_patches = overfit_patches
 
     def __len__(self) -> int:
         return len(self.volumes) * self.patches_per_volume
@@ -98,6 +101,8 @@ class VolumeDataset(Dataset[dict[str, Any]]):
             ``hu`` int16 (1, D, H, W), ``affine`` (4, 4) float64, ``name``, ``skipped`` [(name, reason)].
         """
         epoch, index = key if isinstance(key, tuple) else (0, key)
+        if self.overfit_patches is not None:
+            epoch, index = 0, index % self.overfit_patches
         return first_readable(self.volumes, index, lambda number: self._sample(self.volumes[number], epoch, index))
 
     def _sample(self, volume: PreparedVolume, epoch: int, index: int) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class FirstStage:
             "dataset.patch_size": None if d.patch_size is None else list(d.patch_size),
             "dataset.patches_per_volume": d.patches_per_volume,
             "dataset.tissue_bias": d.tissue_bias,
+            "dataset.overfit_patches": d.overfit_patches,
         }
 
     def to_compile(self, module: VQGAN) -> Iterable[nn.Module]:

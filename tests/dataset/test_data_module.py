@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dataset.data_module import VolumeDataModule
+from dataset.on_volumes import OnVolumesDataModule
 from dataset.sources import PhantomSource, VolumeSource
 from dataset.volume_io import Volume
 from errors import ConfigurationError
@@ -98,3 +99,21 @@ def test_a_changed_split_is_another_cohort() -> None:
     marked = [Case(case.name, case.name, "validation" if case.name == "a" else "train") for case in cases]
     assert module(marked).manifest == base.manifest  # however they were assigned
     assert len({base.manifest, *(other.manifest for other in others)}) == 4
+
+
+@pytest.mark.parametrize("few", [0, -1, 1.5, True, "two"])
+def test_a_number_of_fixed_patches_that_cannot_be_is_refused(few: object) -> None:
+    with pytest.raises(ConfigurationError, match=rf"dataset\.overfit_patches={few}: give a number"):
+        module([Case("a", "p", "train"), Case("b", "q", "validation")], overfit_patches=few)
+
+
+def test_fixed_patches_are_of_training_and_name_their_volumes(tmp_path: Path) -> None:
+    cases = [*(Case(name, name, "train") for name in "abcd"), Case("z", "z", "validation")]
+    data = module(cases, tmp_path, overfit_patches=2)
+    sampler = data.build(0, 1)
+    seen = {data.datasets["training"][key]["name"] for key in sampler}
+    assert seen == {"a", "b"}
+    assert set(data.names_of_training(1)) <= seen
+    assert data.datasets["validation"][0]["name"] == "z"
+    with pytest.raises(ConfigurationError, match=r"dataset\.overfit_patches=2"):
+        OnVolumesDataModule(data)

@@ -70,6 +70,23 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(volume):
         assert sum(torch.equal(a, b) for a, b in zip(forward, changed, strict=True)) < 10
 
 
+def test_a_few_patches_again_and_again(tmp_path):
+    """``overfit_patches``: the first of epoch 0, in every epoch, whatever their volumes offer."""
+    volumes = [prepared(tmp_path, name, offset=n) for n, name in enumerate("ab")]
+    make = lambda few: VolumeDataset(  # noqa: E731
+        volumes, (2, 2, 2), random=True, patches_per_volume=20, overfit_patches=few
+    )
+    free, fixed = make(None), make(3)
+    assert len(fixed) == len(free) == 40
+    for epoch in (0, 1, 7):
+        for index in range(40):
+            ours, theirs = fixed[epoch, index], free[0, index % 3]
+            assert ours["name"] == theirs["name"]
+            assert torch.equal(ours["hu"], theirs["hu"])
+            assert np.array_equal(ours["affine"], theirs["affine"])
+    assert not all(torch.equal(free[1, i]["hu"], free[0, i]["hu"]) for i in range(40))
+
+
 def test_every_place_is_reached(volume):
     dataset = VolumeDataset([volume], (5, 7, 9), random=True, patches_per_volume=200)
     starts = {tuple(dataset[0, i]["affine"][:3, 3]) for i in range(200)}

@@ -7,10 +7,14 @@ import re
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
 
+from dataset.phantom import make_phantom
+from dataset.volume_dataset import VolumeDataset
+from dataset.volume_io import Volume, write_nifti
 from tests.helpers import BASELINE, PATCHWISE, ROOT, TINY, assert_one_line_error, kill, run, start
 from tests.vq_gan_3d.conftest import Train
 from vq_gan_3d.checkpointing import load_checkpoint
@@ -30,6 +34,7 @@ STEPS = "training.max_steps=2"
         ("dataset=nifti", 2, ["dataset.root_dir", "dataset=phantom"]),
         ("dataset.root_dir=/nowhere", 2, ["/nowhere", "dataset.root_dir", "dataset=phantom"]),
         ("dataset.size=[16,32]", 2, ["[16, 32]", "[D, H, W]"]),
+        ("dataset.overfit_patches=0", 2, ["dataset.overfit_patches=0"]),
         ("dataset.validation=[someone]", 2, ["dataset.validation", "someone"]),
         ("training.batch_size=6", 2, ["training.batch_size"]),
         ("training.accumulate_grad_batches=3", 2, ["training.max_steps=2", "training.accumulate_grad_batches=3"]),
@@ -132,9 +137,43 @@ def test_debug_groups(train: Train, tmp_path: Path, group: str) -> None:
     train(*small, f"debug={group}", "dataset.cache_dir=cache", tiny=False)
     assert (tmp_path / "outputs/checkpoints/final.ckpt").is_file()
     if group == "overfit":
-        with (tmp_path / "outputs/logs/train.csv").open(newline="") as file:
-            losses = [float(row["l1"]) for row in csv.DictReader(file)]
-        assert losses[-1] < 0.5 * losses[0]
+        assert_learnt(tmp_path / "outputs")
+
+
+def assert_learnt(output: Path) -> None:
+    """The L1 falls to less than half."""
+    with (output / "logs/train.csv").open(newline="") as file:
+        losses = [float(row["l1"]) for row in csv.DictReader(file)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.slow
+def test_overfit_learns_the_same_few_patches_of_a_folder(
+    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a cohort that holds many more, by the patch-wise trainer."""
+    (tmp_path / "data").mkdir()
+    for seed in range(1, 7):
+        phantom = make_phantom(seed, (24, 40, 36))
+        write_nifti(tmp_path / f"data/{seed}.nii.gz", Volume(phantom.hu, phantom.affine))
+    seen: set[tuple[str, bytes]] = set()
+    sample_of = VolumeDataset.__getitem__
+
+    def watched(dataset: VolumeDataset, key: tuple[int, int] | int) -> dict[str, Any]:
+        sample = sample_of(dataset, key)
+        if dataset.random:
+            seen.add((sample["name"], sample["affine"].tobytes()))
+        return sample
+
+    monkeypatch.setattr(VolumeDataset, "__getitem__", watched)
+    own = ("dataset.", "training.num_workers", "training.warmup_steps", "model.discriminator_iter_start")
+    small = [option for option in TINY if not option.startswith(own)]
+    train(
+        *small, "debug=overfit", "dataset.root_dir=data", "dataset.patch_size=[16,16,16]",
+        "dataset.validation_tiles=2", "training.validate_every_n_epochs=100", script=PATCHWISE, tiny=False,
+    )  # fmt: skip
+    assert len(seen) == 2
+    assert_learnt(tmp_path / "outputs")
 
 
 CONFIGS = [(ROOT / script).parents[1] / "config" for script in (BASELINE, PATCHWISE)]
