@@ -2,7 +2,8 @@
 
 The standard array is (D, H, W): D inferior→superior, H anterior→posterior, W patient right→left, the order in which
 DICOM stores axial slices (LPS+). The affine of a standard array maps its index (d, h, w, 1) to RAS+ millimetres, the
-world of NIfTI, so W runs towards -x and H towards -y. Nothing else in the project flips or permutes.
+world of NIfTI, so W runs towards -x and H towards -y. Nothing else in the project flips or permutes a volume that is
+written or generated.
 """
 
 from __future__ import annotations

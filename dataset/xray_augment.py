@@ -61,35 +61,52 @@ def augmentation_generator(seed: int, epoch: int, index: int) -> np.random.Gener
 
 
 def augment_xray(
-    image: torch.Tensor, generator: np.random.Generator, settings: XRayAugmentation | None = None
-) -> torch.Tensor:
-    """Change a radiograph as another stand, detector and vendor would have.
+    image: torch.Tensor,
+    rays: torch.Tensor,
+    generator: np.random.Generator,
+    settings: XRayAugmentation | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Change a radiograph as another stand, detector and vendor would have; who is seen where moves with it.
 
     Args:
-        image: float32 (1, H, W) in [0, 1].
+        image: float32 (1, S, S) in [0, 1].
+        rays: (…, 2), places (x, y) in the picture as `dataset.ray_grid.ray_grid` gives them.
         generator: all randomness comes from it, 13 numbers and then the noise.
         settings: strengths; the defaults without.
 
     Returns:
-        A new tensor of that shape in [0, 1].
+        New tensors of those shapes: the picture in [0, 1], and where each place of the old one is in it.
     """
     settings = settings or XRayAugmentation()
     u = generator.uniform(-1.0, 1.0, size=13)
     pixels = image[0].numpy().astype(np.float32)
     side = max(pixels.shape)
-    pixels = rotate_and_scale(
-        pixels,
-        settings.rotation_deg * u[0],
-        (1 + settings.scale) ** u[1],
-        (settings.shift * u[2] * side, settings.shift * u[3] * side),
-    )
+    angle_deg, factor = settings.rotation_deg * u[0], (1 + settings.scale) ** u[1]
+    shift = (settings.shift * u[2], settings.shift * u[3])
+    pixels = rotate_and_scale(pixels, angle_deg, factor, (shift[0] * side, shift[1] * side))
     pixels = blur(pixels, settings.blur * abs(u[4]) * side / 1000)
     pixels = change_gamma(pixels, (1 + settings.gamma) ** u[5])
     pixels = change_contrast(pixels, (1 + settings.contrast) ** u[6], settings.brightness * u[7])
     pixels = add_noise(pixels, settings.noise * abs(u[8]), generator)
     # most radiographs have a border at some edges, few at all
     pixels = add_borders(pixels, tuple(settings.border * max(0.0, draw) for draw in u[9:13]))
-    return torch.from_numpy(np.ascontiguousarray(pixels))[None]
+    return torch.from_numpy(np.ascontiguousarray(pixels))[None], move_rays(rays, angle_deg, factor, shift)
+
+
+def move_rays(rays: torch.Tensor, angle_deg: float, factor: float, shift: tuple[float, float]) -> torch.Tensor:
+    """Where `rotate_and_scale` of a square picture brings its places.
+
+    Args:
+        rays: (…, 2), (x, y) from -1 to 1 across the picture, y down.
+        angle_deg: counter-clockwise.
+        factor: above 1 magnifies.
+        shift: (down, right), of the side.
+    """
+    angle = np.deg2rad(angle_deg)
+    turn = factor * torch.tensor(
+        [[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]], dtype=rays.dtype
+    )  # y runs down, so that a counter-clockwise turn looks like this
+    return rays @ turn.T + 2 * torch.tensor([shift[1], shift[0]], dtype=rays.dtype)
 
 
 def change_contrast(pixels: np.ndarray, factor: float, shift: float = 0.0) -> np.ndarray:

@@ -18,8 +18,6 @@ from ddpm.prepare import LatentLibrary, prepare_cases
 from errors import ConfigurationError, InputError
 from vq_gan_3d.latents import FrozenCodec, LatentScaler, LatentStatistics
 
-_GEOMETRIC = ("rotation_deg", "scale", "shift")
-
 
 class LatentDataModule(OnVolumesDataModule):
     """Latents split by patient, as `VolumeDataModule` splits volumes, which it holds and prepares.
@@ -141,16 +139,9 @@ def latent_data_module(
 
 
 def _augmentation(value: DictConfig | None) -> XRayAugmentation | None:
-    """Photometric augmentation; a picture that moves would leave its rays behind."""
     if value is None:
         return None
     strengths = plain_dict(value)
-    unknown = sorted(set(strengths) - set(XRayAugmentation.__dataclass_fields__))
-    if unknown:
+    if unknown := sorted(set(strengths) - set(XRayAugmentation.__dataclass_fields__)):
         raise ConfigurationError(f"dataset.xray_augmentation.{unknown[0]}: there is no such effect")
-    moving = [name for name in _GEOMETRIC if strengths.get(name)]
-    if moving:
-        raise ConfigurationError(
-            f"dataset.xray_augmentation.{moving[0]}: it would move pictures away from their rays: leave it 0"
-        )
-    return XRayAugmentation(**(dict.fromkeys(_GEOMETRIC, 0.0) | strengths))
+    return XRayAugmentation(**strengths)

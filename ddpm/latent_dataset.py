@@ -185,7 +185,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
                 continue
             image, grid = self._xray(number, pictures[choice], view)
             if self.training and s.augmentation is not None:
-                image = augment_xray(image, augmentation_generator(s.seed, epoch, index), s.augmentation)
+                image, grid = augment_xray(image, grid, augmentation_generator(s.seed, epoch, index), s.augmentation)
             part = tuple(slice(at, at + n) for at, n in zip(start, size, strict=True))
             images.append(image)
             grids.append(_pad(grid[part].movedim(-1, 0), size).movedim(0, -1))

@@ -169,6 +169,9 @@ def classifier_input(hu: Tensor, window: HUWindow, codec: FrozenCodec | None) ->
 def augment(x: Tensor, fill: float) -> Tensor:
     """Mirror left and right half of the time and shift by a few voxels or pixels; all of a batch alike.
 
+    Only here is a chest mirrored: an embolism has no side that the label knows, and a judge of volumes need not know
+    where the heart lies. What is generated is never mirrored.
+
     Args:
         x: (B, 1, D, H, W) or (B, 1, S, S), left and right along the last axis.
         fill: what moves in.

@@ -7,6 +7,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import ndimage
 
 from dataset.xray_augment import (
@@ -95,16 +96,48 @@ def test_scale_magnifies_and_shift_moves():
     assert np.allclose(ndimage.center_of_mass(moved), (55, 60), atol=0.01)
 
 
+def augmented(image, generator, settings=None):
+    """The picture alone."""
+    return augment_xray(image, torch.zeros(1, 2), generator, settings)[0]
+
+
 def test_all_off_changes_nothing(image):
-    result = augment_xray(image, augmentation_generator(1, 2, 3), OFF)
+    rays = 2 * torch.rand(3, 4, 5, 2) - 1
+    result, same = augment_xray(image, rays, augmentation_generator(1, 2, 3), OFF)
     torch.testing.assert_close(result, image, atol=1e-6, rtol=0)
+    torch.testing.assert_close(same, rays)
+
+
+def test_rays_move_with_their_picture():
+    """Whatever a cell saw before, it sees afterwards: beads of different brightness, one for each ray."""
+    moving = only(rotation_deg=20.0, scale=0.3, shift=0.08)
+    x, y = torch.tensor([-0.4, 0.0, 0.35]), torch.tensor([-0.3, 0.2, 0.1])
+    rays = torch.stack([x, y], dim=1)  # (3, 2)
+    side = 201
+    rows, columns = np.mgrid[:side, :side]
+    image = np.zeros((side, side), np.float32)
+    for number, (px, py) in enumerate(rays.tolist()):
+        column, row = ((place + 1) * side / 2 - 0.5 for place in (px, py))
+        image += (0.3 + 0.3 * number) * np.exp(-((rows - row) ** 2 + (columns - column) ** 2) / (2 * 5.0**2))
+    picture = torch.from_numpy(image)[None]
+
+    def seen(image, rays):
+        return F.grid_sample(image[None], rays[None, None], align_corners=False)[0, 0, 0]  # (3,)
+
+    torch.testing.assert_close(seen(picture, rays), torch.tensor([0.3, 0.6, 0.9]), atol=0.02, rtol=0)
+    lost = []
+    for index in range(20):
+        moved, along = augment_xray(picture, rays, augmentation_generator(3, 0, index), moving)
+        torch.testing.assert_close(seen(moved, along), seen(picture, rays), atol=0.03, rtol=0)
+        lost.append(float((seen(moved, rays) - seen(picture, rays)).abs().max()))
+    assert max(lost) > 0.3  # rays that stayed where they were would miss their beads
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(XRayAugmentation)])
 def test_each_strength_alone_changes_something(name, image):
     settings, changes = only(**{name: getattr(XRayAugmentation(), name)}), []
     for index in range(10):
-        result = augment_xray(image, augmentation_generator(0, 0, index), settings)
+        result = augmented(image, augmentation_generator(0, 0, index), settings)
         changes.append(float((result - image).abs().max()))
         assert result.shape == image.shape
         assert result.dtype == torch.float32
@@ -116,15 +149,15 @@ def test_each_strength_alone_changes_something(name, image):
 
 
 def test_the_same_key_gives_the_same_picture(image):
-    one, again = (augment_xray(image, augmentation_generator(7, 3, 11)) for _ in range(2))
+    one, again = (augmented(image, augmentation_generator(7, 3, 11)) for _ in range(2))
     assert torch.equal(one, again)
     for key in ((8, 3, 11), (7, 4, 11), (7, 3, 12)):
-        assert not torch.equal(one, augment_xray(image, augmentation_generator(*key)))
+        assert not torch.equal(one, augmented(image, augmentation_generator(*key)))
 
 
 def test_the_original_is_not_touched(image):
     before = image.clone()
-    augment_xray(image, augmentation_generator(0, 0, 0))
+    augmented(image, augmentation_generator(0, 0, 0))
     assert torch.equal(image, before)
 
 
@@ -135,7 +168,7 @@ def test_nothing_ever_mirrors():
     marked[0, 50:80, 60:84] = 1.0
     for settings in (XRayAugmentation(), strong):
         for index in range(40):
-            result = augment_xray(torch.from_numpy(marked), augmentation_generator(5, 0, index), settings)[0].numpy()
+            result = augmented(torch.from_numpy(marked), augmentation_generator(5, 0, index), settings)[0].numpy()
             bright = result > 0.5 * (result.max() + np.median(result))
             row, column = ndimage.center_of_mass(bright)
             assert row < 100

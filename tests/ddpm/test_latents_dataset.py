@@ -57,6 +57,14 @@ def test_samples_depend_on_seed_epoch_and_index_alone(cases: list[LatentCase]):
     assert not torch.equal(samples[0]["xray"], samples[4]["xray"])  # and another augmentation
 
 
+def test_rays_follow_a_picture_that_was_moved(cases: list[LatentCase]):
+    still = XRayAugmentation(rotation_deg=0, scale=0, shift=0)
+    kept, moved = (dataset(cases, augmentation=augmentation)[(0, 0)] for augmentation in (still, XRayAugmentation()))
+    plain = dataset(cases, augmentation=None)[(0, 0)]
+    torch.testing.assert_close(kept["ray_grid"], plain["ray_grid"])
+    assert 0.01 < float((moved["ray_grid"] - plain["ray_grid"]).abs().mean()) < 0.3
+
+
 def test_crops_carry_their_part_of_everything(cases: list[LatentCase]):
     whole = dataset(cases, training=False)[0]
     assert whole["code"].shape == (4, 4, 6, 6)
