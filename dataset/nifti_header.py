@@ -17,7 +17,8 @@ from nibabel.wrapstruct import WrapStructError
 from dataset.geometry import checked_affine, spacing_mm
 from errors import InputError, one_line
 
-MIN_SPACING_MM, MAX_SPACING_MM = 1e-3, 1e3
+# Micro-CT begins below, and no CT has slices further apart: beyond it the unit is wrong (mm that say they are metres).
+MIN_SPACING_MM, MAX_SPACING_MM = 0.05, 50.0
 # DEFLATE cannot expand further (258 bytes from 2 bits); a header that claims more lies.
 _MAX_GZIP_RATIO = 1032
 # A volume that is both this large and this compressible is a bomb: real CT shrinks 2- to 10-fold.
@@ -27,6 +28,7 @@ _DATA_TYPES = {f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 3
 _MM_PER_UNIT = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI xyzt_units: unknown (taken as mm), m, mm, µm
 # The two affines of a file may differ by so much in voxel sizes and directions; more is another geometry.
 _SAME_SIZE, _SAME_DIRECTION_DEG = 0.01, 1.0
+_SAME_PLACE_VOX = 1.0  # at the corners of the volume
 _NIFTI1, _NIFTI2 = 348, 540  # size of the header, which is also its first number
 _ORDER: dict[str, Literal["little", "big"]] = {"<": "little", ">": "big"}
 
@@ -95,10 +97,10 @@ def parse_header(stream: BinaryIO, max_voxels: int) -> NiftiHeader:
     offset = float(header["vox_offset"])
     if not np.isfinite(offset) or offset != int(offset) or (offset != 0 and offset < first - 4):
         raise InputError(f"voxel offset {offset}: the file is damaged")
-    return NiftiHeader(shape, _affine(header), dtype, slope, intercept, int(offset) or first, len(block))
+    return NiftiHeader(shape, _affine(header, shape), dtype, slope, intercept, int(offset) or first, len(block))
 
 
-def _affine(header: Nifti1Header) -> np.ndarray:
+def _affine(header: Nifti1Header, shape: tuple[int, int, int]) -> np.ndarray:
     try:
         sform, qform = header.get_sform(coded=True)[0], header.get_qform(coded=True)[0]
     except (HeaderDataError, WrapStructError, ValueError) as error:
@@ -108,15 +110,17 @@ def _affine(header: Nifti1Header) -> np.ndarray:
         raise InputError("neither sform nor qform is set, so left and right are unknown: convert it again with one")
     affine = checked_affine(affine)
     if sform is not None and qform is not None:
-        _require_agreement(affine, checked_affine(qform))
+        _require_agreement(affine, checked_affine(qform), shape)
     affine[:3] *= _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
     spacing = spacing_mm(affine)
     if min(spacing) < MIN_SPACING_MM or max(spacing) > MAX_SPACING_MM:
-        raise InputError(f"voxel spacing {[float(f'{mm:.4g}') for mm in spacing]} mm is no CT's: check the affine")
+        raise InputError(
+            f"voxel spacing {[float(f'{mm:.4g}') for mm in spacing]} mm is no CT's: check the affine and its unit"
+        )
     return affine
 
 
-def _require_agreement(sform: np.ndarray, qform: np.ndarray) -> None:
+def _require_agreement(sform: np.ndarray, qform: np.ndarray, shape: tuple[int, int, int]) -> None:
     """Refuse two affines that say different things: readers differ in which one they take."""
     ours, theirs = np.array(spacing_mm(sform)), np.array(spacing_mm(qform))
     cosines = np.sum(sform[:3, :3] / ours * (qform[:3, :3] / theirs), axis=0)
@@ -126,6 +130,14 @@ def _require_agreement(sform: np.ndarray, qform: np.ndarray) -> None:
         raise InputError(
             f"sform and qform disagree (voxels of {sizes[0]} and {sizes[1]}, axes turned by {turned_deg:.0f}°): "
             "convert it again, or set the code of the wrong one to 0"
+        )
+    corners = np.array([[*corner, 1] for corner in np.ndindex(2, 2, 2)]).T * [[size - 1] for size in (*shape, 2)]
+    apart = ((qform - sform) @ corners)[:3]
+    off_vox = float(np.abs(np.linalg.solve(sform[:3, :3], apart)).max())
+    if off_vox > _SAME_PLACE_VOX:
+        raise InputError(
+            f"sform and qform disagree (corners up to {off_vox:.1f} voxels apart): convert it again, or set the code "
+            "of the wrong one to 0"
         )
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from dataset.atomic import atomic_write
-from dataset.volume_io import AIR_HU, holds_air, read_nifti
+from dataset.volume_io import AIR_HU, NO_GEOMETRY, holds_air, read_nifti, without_geometry
 from errors import ConfigurationError, InputError, StorageError, one_line
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ NIFTI_SUFFIXES = (".nii", ".nii.gz")
 STORE_SUFFIX = ".b2nd"
 VOLUME_SUFFIXES = (*NIFTI_SUFFIXES, STORE_SUFFIX)
 # Part of the cache: raise it when a check is added, and everything is checked again.
-VERIFICATION_VERSION = 2
+VERIFICATION_VERSION = 3
 _WITHOUT_AIR = f"no voxel is below {AIR_HU} HU, so it is not in HU or a crop of tissue: look at it, convert it again"
 _SAVE_EVERY_S = 60.0
 Stamp = list[int]  # size in bytes, time of change and of the inode's change in ns
@@ -102,12 +102,17 @@ def verify_file(path: Path) -> BadFile | None:
         if kind == "store":
             from dataset.store import verify_store  # loads the compressor, which NIfTI need not wait for
 
-            lowest = verify_store(path).lowest_hu
-            has_air = lowest is not None and lowest < AIR_HU
+            stored = verify_store(path)
+            has_air = stored.lowest_hu is not None and stored.lowest_hu < AIR_HU
+            affine, shape = stored.affine, stored.shape
         else:
-            has_air = holds_air(read_nifti(path).hu)
+            volume = read_nifti(path)
+            has_air = holds_air(volume.hu)
+            affine, shape = volume.affine, volume.hu.shape
     except InputError as error:
         return BadFile(str(path), kind, one_line(error))
+    if without_geometry(affine, shape):  # no more than a warning, when the file is read: it may be true
+        log.warning("%s: %s", path, NO_GEOMETRY)
     return None if has_air else _without_air(path)
 
 

@@ -32,6 +32,7 @@ MAX_VOXELS = 2**30
 AIR_HU = -300
 # The lowest HU of a 12-bit scanner: what lies below it is padding, no measurement.
 HU_FLOOR = -1024
+NO_GEOMETRY = "its affine is the identity, as converters write that lost spacing and orientation: check its source"
 _INT16 = np.iinfo(np.int16)
 _CHUNK_VOXELS = 1 << 20
 # Writers may pad the end of a file; more than this is data that the header does not account for.
@@ -162,6 +163,17 @@ def write_nifti(path: str | os.PathLike[str], volume: Volume) -> WriteReport:
 def holds_air(hu: np.ndarray) -> bool:
     """Whether a volume in HU, any shape, has a voxel below `AIR_HU`, as every chest has."""
     return int(hu.min()) < AIR_HU
+
+
+def without_geometry(affine: np.ndarray, shape_dhw: tuple[int, ...]) -> bool:
+    """Whether a volume's file had the identity as its affine: the mark of a converter that lost the geometry.
+
+    Args:
+        affine: of the volume on the standard axes, in which the identity runs back along (h, w).
+        shape_dhw: of the volume.
+    """
+    _, height, width = shape_dhw
+    return bool(np.array_equal(affine, [[0, 0, -1, width - 1], [0, -1, 0, height - 1], [1, 0, 0, 0], [0, 0, 0, 1]]))
 
 
 def floored(hu: np.ndarray) -> tuple[np.ndarray, int]:

@@ -67,7 +67,16 @@ def build_one(
     from dataset.body import body_metadata
     from dataset.geometry import resample_to_size
     from dataset.store import open_store, write_store
-    from dataset.volume_io import AIR_HU, Volume, floored, holds_air, read_nifti, to_int16_hu
+    from dataset.volume_io import (
+        AIR_HU,
+        NO_GEOMETRY,
+        Volume,
+        floored,
+        holds_air,
+        read_nifti,
+        to_int16_hu,
+        without_geometry,
+    )
 
     path, target = Path(source), Path(output)
     facts = read_sidecar(Path(sidecar)) if sidecar else {}
@@ -81,6 +90,8 @@ def build_one(
         if not allow_no_air and not holds_air(hu):
             raise InputError(f"{path}: no voxel is below {AIR_HU} HU, so it is not in HU: convert it again, or give "
                              "--allow-no-air if it is a crop of tissue")  # fmt: skip
+        if without_geometry(affine, hu.shape):
+            log.warning("%s: %s", path, NO_GEOMETRY)
         if grid is not None:
             resampled, affine = resample_to_size(hu, affine, grid)
             hu, _, _ = to_int16_hu(resampled)
@@ -184,6 +195,17 @@ def make_jobs(arguments: argparse.Namespace) -> list[Job]:
     return jobs
 
 
+def leftovers(arguments: argparse.Namespace, jobs: list[Job]) -> list[Path]:
+    """Stores in the output that no volume of the input gives; none where the input is one file.
+
+    They may be of another input, so that nobody but the user can remove them.
+    """
+    ours = {job.arguments["output"] for job in jobs}
+    if not arguments.input.is_dir():
+        return []
+    return sorted(path for path in arguments.output.rglob(f"[!.]*{STORE_SUFFIX}") if str(path) not in ours)
+
+
 def parse_grid(text: str) -> list[int] | None:
     """``native`` -> None, ``256x256x64`` (W×H×D, as users write) -> [D, H, W]."""
     if text == "native":
@@ -222,6 +244,9 @@ def main(arguments: argparse.Namespace) -> int:
     stored = sum(Path(path).stat().st_size for record in result.records.values() for path in record["outputs"])
     if raw:
         print(f"{slices} slices, {stored / 1e6:.1f} MB = {stored / raw:.1%} of raw int16; {seconds:.1f} s")
+    if others := leftovers(arguments, jobs):
+        log.warning("%s: %d stores there are of no volume in --input, the first: %s: remove those whose volume is "
+                    "gone, they go into training", arguments.output, len(others), others[0].name)  # fmt: skip
     return summarise(result, "volumes stored")
 
 

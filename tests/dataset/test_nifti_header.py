@@ -220,6 +220,38 @@ def test_t26_a_sform_and_a_qform_that_disagree_are_refused(tmp_path, change, wor
     np.testing.assert_array_equal(read_nifti(stored(path, image.to_bytes())).hu, small_hu().T)
 
 
+@pytest.mark.parametrize("shift_mm", [(0, 0, 1000), (0.8, 0, 0), (0, -0.8, 0)])
+def test_t26_a_sform_and_a_qform_at_other_places_are_refused(tmp_path, shift_mm):
+    elsewhere = AFFINE.copy()
+    elsewhere[:3, 3] += shift_mm
+    image = nib.Nifti1Image(small_hu(), AFFINE)
+    image.set_qform(elsewhere, 1)
+    image.header.set_sform(AFFINE, 1)
+    path = stored(tmp_path / "ct.nii.gz", image.to_bytes())
+    with pytest.raises(InputError, match=r"ct\.nii\.gz: sform and qform disagree \(corners up to (400\.0|1\.1) voxels"):
+        read_header(path)
+    image.set_qform(AFFINE + (elsewhere - AFFINE) / 1000, 1)  # rounding
+    image.header.set_sform(AFFINE, 1)
+    assert read_header(stored(path, image.to_bytes())).shape_dhw == (6, 5, 4)
+
+
+def test_t26_a_sform_and_a_qform_are_compared_at_every_corner(tmp_path):
+    image = nib.Nifti1Image(small_hu((300, 4, 4)), AFFINE)
+    image.set_qform(AFFINE @ np.diag([1.005, 1, 1, 1]), 1)  # as voxels the same, 1.5 of them apart at the far end
+    image.header.set_sform(AFFINE, 1)
+    with pytest.raises(InputError, match=r"corners up to 1\.5 voxels apart"):
+        read_header(stored(tmp_path / "ct.nii.gz", image.to_bytes()))
+
+
+@pytest.mark.parametrize(("scale", "unit"), [(1, 1), (1, 3), (0.01, 2), (100, 2)])
+def test_t26_a_spacing_of_no_ct_is_refused(tmp_path, scale, unit):
+    """(1, 1): numbers in mm that say they are metres, which made a volume of 700 m."""
+    affine = AFFINE @ np.diag([scale, scale, scale, 1])
+    path = stored(tmp_path / "ct.nii.gz", nifti_bytes(affine=affine, xyzt_units=unit))
+    with pytest.raises(InputError, match=r"ct\.nii\.gz: voxel spacing .* mm is no CT's: check the affine and its unit"):
+        read_header(path)
+
+
 def test_a_sform_and_a_qform_may_differ_by_rounding(tmp_path):
     image = nib.Nifti1Image(small_hu(), AFFINE)
     turn = np.eye(4)

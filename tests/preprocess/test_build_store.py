@@ -18,7 +18,7 @@ from dataset.geometry import resample_to_size
 from dataset.patch_sampling import read_body
 from dataset.store import open_store
 from dataset.verification import verify_files
-from dataset.volume_io import read_nifti, to_int16_hu, write_nifti
+from dataset.volume_io import NO_GEOMETRY, read_nifti, to_int16_hu, write_nifti
 from errors import InputError
 from preprocess.build_store import grid_name, parse_grid
 from tests.dataset.test_geometry import ALL_CODES, affines, shapes
@@ -132,6 +132,18 @@ def test_a_volume_that_is_not_in_hu_is_refused(tmp_path, how):
     assert_one_line_error(build(tmp_path, tmp_path / "out", check=3), "ct.nii", "--allow-no-air")
     build(tmp_path, tmp_path / "out", "--allow-no-air")
     assert open_store(tmp_path / "out" / "ct.b2nd").shape == volume().hu.shape
+
+
+def test_a_volume_that_lost_its_geometry_is_stored_and_verified_with_a_warning(tmp_path, caplog):
+    for name, affine in (("lost", np.eye(4)), ("kept", np.diag([1, 1, 2, 1])), ("moved", np.eye(4))):
+        affine[0, 3] = 5 * (name == "moved")
+        nib.save(nib.Nifti1Image(volume().hu.T, affine), tmp_path / f"{name}.nii.gz")
+        one(tmp_path / f"{name}.nii.gz", tmp_path / f"{name}.b2nd")
+    assert [record.getMessage() for record in caplog.records] == [f"{tmp_path / 'lost.nii.gz'}: {NO_GEOMETRY}"]
+    caplog.clear()
+    assert verify_files(sorted(tmp_path.glob("*.*")), None) == []
+    names = [record.getMessage().split(":")[0] for record in caplog.records]
+    assert names == [str(tmp_path / "lost.b2nd"), str(tmp_path / "lost.nii.gz")]
 
 
 def test_grids():

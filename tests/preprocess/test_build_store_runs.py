@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
 
@@ -16,6 +17,7 @@ from dataset.store import verify_store
 from dataset.volume_io import write_nifti
 from errors import InputError
 from preprocess.batch import Job, run_batch
+from preprocess.build_store import leftovers
 from tests.dataset.test_nifti_header import bad_files
 from tests.dataset.test_verification import damage, volume
 from tests.helpers import ROOT, assert_one_line_error, environment, last_line
@@ -75,6 +77,16 @@ def test_resume_builds_only_what_is_missing(source, tmp_path):
     assert "(2 were done already)" in build(source, out, "--resume", "--workers", "2").stdout
     assert contents(out) == first
     assert [path.name for path in times if path.stat().st_mtime_ns != times[path]] == ["b.b2nd"]
+
+
+def test_stores_whose_volume_is_gone_are_named_and_left(source, tmp_path):
+    out = tmp_path / "out"
+    assert build(source, out).stderr == ""
+    (source / "deep" / "a.nii.gz").unlink()
+    result = build(source, out, "--resume")
+    assert last_line(result).startswith(f"WARNING: {out}: 1 stores there are of no volume in --input")
+    assert (out / "deep" / "a.b2nd").exists()
+    assert leftovers(Namespace(input=source / "b.nii", output=out), []) == []  # one file says nothing of the others
 
 
 @pytest.mark.slow
