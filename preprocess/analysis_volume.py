@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from dataset.pairs_case import load_volume, read_sidecar
+from preprocess import dicom_stack
 from preprocess.analysis_contrast import ANGIOGRAPHIC_HU, NONE, UNKNOWN, WEAK, central_contrast
+from preprocess.dicom_sidecar import NO_PATIENT_NOTE
 
 # Edges of the HU histogram; the first and the last bin also count what lies beyond.
 HISTOGRAM_EDGES_HU = list(range(-1100, 2001, 25))
@@ -22,6 +24,8 @@ _NUMBERS = ("kvp", "slice_thickness_mm")
 _WORDS = ("manufacturer", "kernel")
 _WORD = re.compile(r"[^A-Za-z0-9 ._+\\/-]+")
 _WORD_LENGTH = 32
+# Notes of `dicom_to_nifti` that become flags, by what they contain: their other text is not taken over either.
+_NOTES = (dicom_stack.ENDS_MISSING, dicom_stack.END_DOUBTFUL, dicom_stack.THINNED, NO_PATIENT_NOTE)
 
 
 def analyse_volume(volume: str, sidecar: str | None) -> dict[str, Any]:
@@ -38,7 +42,8 @@ def analyse_volume(volume: str, sidecar: str | None) -> dict[str, Any]:
         InputError: the volume or its sidecar is damaged.
     """
     path = Path(volume)
-    acquisition = acquisition_of(read_sidecar(path))
+    facts = read_sidecar(path)
+    acquisition = acquisition_of(facts)
     loaded = load_volume(path)
     hu, spacing = loaded.hu, loaded.spacing_mm
     histogram = _histogram(hu)
@@ -59,8 +64,15 @@ def analyse_volume(volume: str, sidecar: str | None) -> dict[str, Any]:
         "blood_core_ml": round(contrast.core_ml, 1),
         "outputs": [],
     }
-    record["flags"] = _flags(record)
+    record["flags"] = _flags(record) + notes_of(facts)
     return record
+
+
+def notes_of(sidecar: dict[str, Any]) -> list[str]:
+    """What the conversion found doubtful, as flags: the known notes of a sidecar, without their figures."""
+    notes = sidecar.get("notes")
+    written = [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
+    return [known for known in _NOTES if any(known in note for note in written)]
 
 
 def acquisition_of(sidecar: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dataset.nifti_header import MAX_SPACING_MM, MIN_SPACING_MM
 from errors import InputError
 from preprocess.dicom_elements import token
 from preprocess.dicom_header import Slice
@@ -26,6 +27,12 @@ _OFF_GRID = 0.15
 _MISSING_GAP = 1.5  # a gap this much wider than the median misses slices
 _TILT_DEG = 0.5  # worth a word
 _NAMED = 3  # files named in a message
+# Slices whose numbers leave some out, and that lie further apart than this share of their thickness, were thinned.
+_THINNED_GAP = 1.5
+# What the notes of a stack say, each with its figures around it; the analysis of a data set shows them as flags.
+ENDS_MISSING = "the ends of the stack are missing"
+END_DOUBTFUL = "an end of the stack may be missing"
+THINNED = "slices between the others may be missing"
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,9 @@ def build_stack(
     shift = in_plane @ step
     tilt_deg = math.degrees(math.atan2(float(np.hypot(*shift)), float(step @ normal)))
     gap_mm, off_grid_mm = _regular_gap(kept, positions @ normal, tilt_deg)
+    if not MIN_SPACING_MM <= gap_mm <= MAX_SPACING_MM:
+        raise InputError(f"{first.label}: slices are {gap_mm:.4g} mm apart, which is no CT's: export it again")
+    notes += _thinned(kept, gap_mm)
     drift = (positions - positions[0] - np.arange(len(kept))[:, None] * step) @ in_plane.T
     worst = int(np.abs(drift).max(axis=1).argmax())
     if np.abs(drift[worst]).max() > 0.5 * min(first.spacing_mm):
@@ -124,6 +134,9 @@ def _require_usable(frames: Sequence[Slice]) -> None:
             issue = issue or "has no position and orientation: it cannot be placed in space"
         elif len(frame.spacing_mm) != 2 or min(frame.spacing_mm) <= 0:
             issue = issue or "has no pixel spacing: export it again"
+        elif min(frame.spacing_mm) < MIN_SPACING_MM or max(frame.spacing_mm) > MAX_SPACING_MM:
+            sizes = "×".join(f"{mm:.4g}" for mm in frame.spacing_mm)
+            issue = issue or f"has pixels of {sizes} mm, which is no CT's: export it again"
         elif frame.slope is None or frame.intercept is None:
             issue = issue or "has no rescale slope and intercept, its values are no HU: export it again"
         elif frame.slope <= 0:
@@ -221,12 +234,21 @@ def _completeness(kept: Sequence[Slice], allow_partial: bool) -> tuple[str, ...]
     contiguous = len(set(numbers)) == len(kept) and high - low + 1 == len(kept)
     declared = min(frame.declared for frame in kept)
     if contiguous and low >= 1 and declared > len(kept) and high <= declared:
-        what = (
-            f"{declared} images were acquired and instances {low} to {high} are here: the ends of the stack are missing"
-        )
+        what = f"{declared} images were acquired and instances {low} to {high} are here: {ENDS_MISSING}"
         if not allow_partial:
             raise InputError(f"{what}: copy them, or allow it by the rule allow_partial")
         return (what,)
     if contiguous and low > 1:
-        return (f"instances {low} to {high}: an end of the stack may be missing",)
+        return (f"instances {low} to {high}: {END_DOUBTFUL}",)
     return ()
+
+
+def _thinned(kept: Sequence[Slice], gap_mm: float) -> tuple[str, ...]:
+    """A note where a copy may hold every n-th slice only: the gaps are regular, and nothing else shows it."""
+    numbers = [frame.instance for frame in kept if frame.instance is not None]
+    steps = set(np.abs(np.diff(numbers)).tolist()) if len(numbers) == len(kept) else set()
+    thickness_mm = kept[0].thickness_mm
+    if len(steps) != 1 or min(steps) < 2 or not thickness_mm or gap_mm <= _THINNED_GAP * thickness_mm:
+        return ()
+    every = f"every {min(steps)}. instance is here, {gap_mm:.2f} mm apart at a thickness of {thickness_mm:g} mm"
+    return (f"{every}: {THINNED}",)

@@ -19,7 +19,9 @@ from dataset.volume_io import Volume, read_nifti, write_nifti
 from preprocess.analysis_contrast import central_contrast
 from preprocess.analysis_page import render_page
 from preprocess.analysis_summary import summarise_records
-from preprocess.analysis_volume import HISTOGRAM_EDGES_HU, acquisition_of, analyse_volume
+from preprocess.analysis_volume import HISTOGRAM_EDGES_HU, acquisition_of, analyse_volume, notes_of
+from preprocess.dicom_sidecar import NO_PATIENT_NOTE
+from preprocess.dicom_stack import ENDS_MISSING, THINNED
 from tests.helpers import REAL_DATA, ROOT, assert_one_line_error, environment
 
 BLOOD = (
@@ -143,6 +145,17 @@ def test_a_record_has_known_figures(tmp_path):
 def test_a_volume_that_is_not_in_hu_is_flagged(tmp_path):
     hu = np.random.default_rng(0).integers(0, 256, (4, 5, 10)).astype(np.int16)
     assert any("not in HU" in flag for flag in analyse_volume(str(write(tmp_path / "a.nii", hu)), None)["flags"])
+
+
+@pytest.mark.parametrize("ending", ["nii", "b2nd"])
+def test_notes_of_the_conversion_are_flags_without_their_text(tmp_path, ending):
+    notes = [f"CANARY^JANE: {ENDS_MISSING}", f"every 2. instance is here: {THINNED}", "CANARY", 7, NO_PATIENT_NOTE]
+    hu = np.full((4, 5, 10), -1000, np.int16)
+    path = write(tmp_path / f"a.{ending}", hu, sidecar={"format": 1, "notes": notes})
+    flags = analyse_volume(str(path), None)["flags"]
+    assert flags[-3:] == [ENDS_MISSING, THINNED, NO_PATIENT_NOTE]
+    assert "CANARY" not in str(flags)
+    assert [notes_of({"notes": bad}) for bad in (None, "x", 3, {}, [None])] == [[]] * 5
 
 
 def test_header_and_blood_that_contradict_are_flagged(tmp_path, phantom):

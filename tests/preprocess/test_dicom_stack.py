@@ -15,6 +15,7 @@ from dataset.phantom_dicom import SeriesTags
 from dataset.volume_io import HU_FLOOR, Volume
 from errors import InputError
 from preprocess.dicom_series import read_series
+from preprocess.dicom_stack import THINNED
 from tests.preprocess.dicom_factory import TAGS, datasets, frames_of, random_volume, series, write
 
 
@@ -95,6 +96,30 @@ def test_t16_missing_ends_are_refused_where_the_header_tells(tmp_path: Path) -> 
 def test_t16_missing_first_slices_are_noted_where_the_header_is_silent(tmp_path: Path) -> None:
     paths = series(tmp_path, random_volume())
     assert "instances 3 to 6" in read_series(frames_of(paths[2:])).stack.notes[0]
+
+
+@pytest.mark.parametrize(("thickness_mm", "noted"), [(2.0, True), (4.0, False), (None, False)])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_t16_every_second_slice_is_noted(
+    tmp_path: Path, thickness_mm: float | None, noted: bool, backwards: bool
+) -> None:
+    def change(dataset: Dataset, index: int) -> None:
+        dataset.SliceThickness = thickness_mm
+        if backwards:
+            dataset.InstanceNumber = 12 - index
+
+    paths = series(tmp_path, random_volume((12, 10, 8)), change)  # 2 mm apart
+    assert read_series(frames_of(paths)).stack.notes == ()
+    notes = read_series(frames_of(paths[::2])).stack.notes
+    text = f"every 2. instance is here, 4.00 mm apart at a thickness of 2 mm: {THINNED}"
+    assert notes == ((text,) if noted else ())
+
+
+def test_a_spacing_of_no_ct_is_refused(tmp_path: Path) -> None:
+    for index, spacing_mm in enumerate([(2, 700, 700), (2, 0.7, 0.007), (60, 0.7, 0.7), (0.03, 0.7, 0.7)]):
+        paths = series(tmp_path / str(index), random_volume(spacing_mm=spacing_mm))
+        with pytest.raises(InputError, match=r"IM0000\.dcm:? .*which is no CT's"):
+            read_series(frames_of(paths))
 
 
 def test_t17_duplicates_with_the_same_pixels_are_dropped_and_counted(tmp_path: Path) -> None:

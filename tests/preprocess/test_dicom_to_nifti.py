@@ -187,8 +187,11 @@ def test_the_sidecar_has_its_known_fields_and_unknown_contrast_is_null(tmp_path:
 def test_an_absent_patient_id_is_noted(tmp_path: Path) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
     series(source, random_volume((34, 10, 8)), lambda dataset, index: setattr(dataset, "PatientID", ""))
-    convert(source, output)
+    for options in ((), ("--resume",)):
+        assert "1 volumes have notes" in convert(source, output, *options).stdout
     assert sidecar_of(output)["notes"] == [NO_PATIENT_NOTE]
+    series(tmp_path / "named", random_volume((34, 10, 8)))
+    assert "notes" not in convert(tmp_path / "named", tmp_path / "named out").stdout
 
 
 def test_no_dicom_is_bad_input_and_no_folder_a_bad_command(tmp_path: Path) -> None:
