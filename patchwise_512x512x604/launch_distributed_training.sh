@@ -6,7 +6,7 @@ usage() {
     cat <<'TEXT'
 Usage: ./launch_distributed_training.sh [options] [Hydra overrides, e.g. training.batch_size=4 ckpt_path=last]
 
-  --data_dir DIR       folder of .nii.gz volumes (default: phantoms, to try the way)
+  --data_dir DIR       folder of .nii.gz volumes, or with dataset=store of .b2nd (default: phantoms, to try the way)
   --output_dir DIR     results (default: outputs in the folder where the command is given)
   --gpus N             GPUs of each machine (default: all of this one; 0 trains on the CPU); with --slurm always needed
   --processes N        processes on the CPU, where there is no GPU (default: 1)
@@ -122,18 +122,40 @@ print(torch.cuda.device_count() if torch.cuda.is_available() else 0)' 2>/dev/nul
 [[ "$code" -eq 0 && "$available" =~ ^[0-9]+$ ]] ||
     fail 2 "${python:-python3}: no working Python of 3.11 or newer: run setup_training.sh or give --python"
 if [ -n "$data_dir" ]; then
-    [ -d "$data_dir" ] || fail 3 "$data_dir: no such folder: point --data_dir at a folder of .nii.gz"
+    kind=".nii.gz" names=(-name '*.nii.gz' -o -name '*.nii')
+    for override in ${overrides[@]+"${overrides[@]}"}; do
+        case "$override" in
+            dataset=store) kind=".b2nd" names=(-name '*.b2nd') ;;
+            dataset=*) kind=".nii.gz" names=(-name '*.nii.gz' -o -name '*.nii') ;;
+        esac
+    done
+    [ -d "$data_dir" ] || fail 3 "$data_dir: no such folder: point --data_dir at a folder of $kind"
     data_dir="$(cd "$data_dir" && pwd)"
-    count="$(find -L "$data_dir" \( -name '*.nii.gz' -o -name '*.nii' \) ! -name '.*' | wc -l)"
-    [ "$count" -ge 2 ] || fail 3 "$data_dir: holds $count .nii.gz files, at least 2 are needed (one is held out)"
+    count="$(find -L "$data_dir" \( "${names[@]}" \) ! -name '.*' | wc -l)"
+    hint=""
+    [ "$kind" = .b2nd ] || [ -z "$(find -L "$data_dir" -name '*.b2nd' ! -name '.*' | head -n 1)" ] ||
+        hint=": for its .b2nd stores add dataset=store"
+    [ "$count" -ge 2 ] || fail 3 "$data_dir: holds $count $kind files, at least 2 are needed (one is held out)$hint"
     echo "data: $count volumes in $data_dir"
 fi
-mkdir -p "$output_dir" 2>/dev/null && [ -w "$output_dir" ] || fail 6 "$output_dir: cannot be written: choose another --output_dir"
-output_dir="$(cd "$output_dir" && pwd)"
-probe="$output_dir/.write_test.$$"
-{ echo test >"$probe"; } 2>/dev/null || fail 6 "$output_dir: cannot be written: choose another --output_dir"
-rm -f "$probe"
-free_gb="$(($(df -Pk "$output_dir" | awk 'NR == 2 {print $4}') / 1048576))"
+# a dry run makes nothing: it looks at the nearest folder that is there
+if [ "$dry_run" = true ]; then
+    [[ "$output_dir" == /* ]] || output_dir="$PWD/$output_dir"
+    existing="$output_dir"
+    while [ ! -e "$existing" ]; do existing="$(dirname "$existing")"; done
+    [ -d "$existing" ] && [ -w "$existing" ] || fail 6 "$output_dir: cannot be written: choose another --output_dir"
+    missing="${output_dir#"$existing"}"
+    existing="$(cd "$existing" && pwd)"
+    output_dir="$existing$missing"
+else
+    mkdir -p "$output_dir" 2>/dev/null && [ -w "$output_dir" ] || fail 6 "$output_dir: cannot be written: choose another --output_dir"
+    output_dir="$(cd "$output_dir" && pwd)"
+    existing="$output_dir"
+    probe="$output_dir/.write_test.$$"
+    { echo test >"$probe"; } 2>/dev/null || fail 6 "$output_dir: cannot be written: choose another --output_dir"
+    rm -f "$probe"
+fi
+free_gb="$(($(df -Pk "$existing" | awk 'NR == 2 {print $4}') / 1048576))"
 [ "$free_gb" -ge "$min_free_gb" ] ||
     fail 6 "$output_dir: $free_gb GB free, $min_free_gb are needed: free space, or lower --min_free_gb"
 echo "output: $output_dir ($free_gb GB free)"

@@ -18,7 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser, *, tiled: bool = True) -> Non
         )
         parser.add_argument("--weights", choices=WEIGHTS, help="of blended tiles (default: linear)")
         parser.add_argument("--tile_size", type=int, nargs=3, metavar=("D", "H", "W"), help="voxels")
-        parser.add_argument("--batch_size", type=int, help="tiles at a time (default: by the memory of the GPU)")
+        parser.add_argument(
+            "--batch_size",
+            type=int,
+            help="tiles at a time (default: by the free memory of the GPU; 1 on the CPU, and in halo mode without "
+            "--tile_size, where one tile takes that memory)",
+        )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: fp32")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")

@@ -62,6 +62,39 @@ def test_one_machine_uses_all_its_gpus(tmp_path: Path, fake_python: Path) -> Non
     assert {"hardware.device=cpu", "hardware.processes=3"} <= set(command)
 
 
+def test_stores_are_counted_where_the_command_trains_on_stores(tmp_path: Path, fake_python: Path) -> None:
+    folder = tmp_path / "stores"
+    (folder / "site").mkdir(parents=True)
+    for name in ("a.b2nd", "site/b.b2nd", ".hidden.b2nd"):
+        (folder / name).touch()
+    options = ("--python", fake_python, "--dry-run", "--data_dir", folder)
+    result = launch(*options, "dataset=store", "training.batch_size=4", cwd=tmp_path)
+    assert f"data: 2 volumes in {folder}" in result.stdout
+    assert {f"dataset.root_dir='{folder}'", "dataset=store"} <= set(started(result))
+    for overrides in ((), ("dataset=store", "dataset=nifti")):  # the last one counts
+        refused = launch(*options, *overrides, cwd=tmp_path, check=3)
+        assert_one_line_error(refused, "holds 0 .nii.gz files", "add dataset=store")
+    (folder / "a.b2nd").unlink()
+    assert_one_line_error(launch(*options, "dataset=store", cwd=tmp_path, check=3), "holds 1 .b2nd files")
+
+
+def test_a_dry_run_makes_nothing(tmp_path: Path, fake_python: Path) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    for given, meant in (("outputs/full", here / "outputs/full"), ("../beside", tmp_path / "beside")):
+        for more in ((), ("--slurm", "--gpus", 1)):
+            result = launch("--python", fake_python, "--dry-run", "--output_dir", given, *more, cwd=here)
+            assert f"{meant}'" in " ".join(started(result))
+            assert f"output: {meant} (" in result.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"bin", "here"}
+    assert not list(here.iterdir())
+    (here / "file").touch()
+    options = ("--python", fake_python, "--dry-run", "--output_dir", "file/inside")
+    assert_one_line_error(launch(*options, cwd=here, check=6), "inside")
+    (here / "outputs").mkdir()
+    assert f"output_dir='{here}/outputs'" in started(launch("--python", fake_python, "--dry-run", cwd=here))
+
+
 def test_several_machines_by_torchrun(tmp_path: Path, fake_python: Path) -> None:
     options = ("--python", fake_python, "--dry-run", "--nodes", 2, "--master_addr", "node-a", "--node_rank", 1)
     command = started(launch(*options, cwd=tmp_path))
