@@ -25,6 +25,7 @@ from evaluation.metrics.seams import PlaneErrors
 from evaluation.metrics.streamed import SliceStream
 from patchwise_512x512x604.utils.patch_utils import Kind, Write
 from patchwise_512x512x604.utils.reconstruction import Mode, ReconstructionResult, reconstruct_volume
+from patchwise_512x512x604.utils.scratch import ScratchVolume
 from vq_gan_3d.codec import VQCodec
 from vq_gan_3d.pretrained import load_codec
 from vq_gan_3d.tiled import HUArray
@@ -78,8 +79,7 @@ class Model:
         Returns:
             The result, without its volume, and the metrics of `volume_metrics` with ``seam_ratio``.
         """
-        # the reconstruction reads ahead in another thread, and a handle is for one
-        original = LazyHU(hu.path, hu.shape) if isinstance(hu, LazyHU) else hu
+        original = _second_reader(hu)
         metrics, errors = SliceStream(hu.shape, self.window), PlaneErrors(hu.shape)
 
         def measure(first: int, slices: np.ndarray) -> None:
@@ -89,6 +89,16 @@ class Model:
 
         result = self.reconstruct(hu, measure)
         return result, metrics.result() | {"seam_ratio": errors.seam_ratio(result.tiling)}
+
+    def reconstruct_beside(self, hu: HUArray, restored: ScratchVolume, shown: ScratchVolume) -> ReconstructionResult:
+        """Reconstruct a volume (D, H, W) into ``restored``, and write it as the codec sees it into ``shown``."""
+        original = _second_reader(hu)
+
+        def keep(first: int, slices: np.ndarray) -> None:
+            restored.append(slices)
+            shown.append(as_shown(original[first : first + len(slices)], self.window))
+
+        return self.reconstruct(hu, keep)
 
 
 def load_model(arguments: argparse.Namespace) -> Model:
@@ -233,6 +243,11 @@ class CaseLoop:
     def exit_code(self) -> ExitCode:
         """4 where something was skipped."""
         return ExitCode.SKIPS if self.skipped else ExitCode.OK
+
+
+def _second_reader(hu: HUArray) -> HUArray:
+    """The same volume for another thread than the reconstruction's, which reads ahead: a handle is for one."""
+    return LazyHU(hu.path, hu.shape) if isinstance(hu, LazyHU) else hu
 
 
 def _open(case: VolumeSource) -> Volume:

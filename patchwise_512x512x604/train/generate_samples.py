@@ -26,14 +26,13 @@ def parse_arguments() -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace) -> int:
     """Write what was asked for; 4 if some cases could not be read."""
-    import numpy as np
-
     from dataset.atomic import make_folder
     from dataset.volume_io import Volume, write_nifti
     from errors import ConfigurationError
     from evaluation.panels import comparison_panel
     from evaluation.video import comparison_video
     from patchwise_512x512x604 import evaluation_set as shared
+    from patchwise_512x512x604.utils.scratch import ScratchVolume
 
     say = shared.start_logging()
     if arguments.num_samples < 1:
@@ -49,18 +48,18 @@ def main(arguments: argparse.Namespace) -> int:
     make_folder(folder)
     loop = shared.CaseLoop()
     for case, volume in loop.over(cases[: arguments.num_samples]):
-        original = np.asarray(volume.hu)
-        result = model.reconstruct(original)
-        assert result.hu is not None
-        restored = Volume(result.hu, volume.affine, source=case.name, orientation=volume.orientation)
-        write_nifti(folder / f"{case.name}.nii.gz", restored)
-        shown = shared.as_shown(original, model.window)
-        comparison_panel(shown, result.hu, volume.spacing_mm, folder / f"{case.name}.png")
-        if arguments.video_frames:
-            comparison_video(
-                shown, result.hu, volume.spacing_mm, folder / f"{case.name}.webp", frames=arguments.video_frames
-            )
-        say(f"{case.name}: {'×'.join(str(n) for n in original.shape[::-1])} in {result.seconds:.1f} s")
+        shape = volume.hu.shape
+        # both on the disk: NIfTI and pictures want planes of all directions, of which a store gives none quickly
+        with ScratchVolume(folder, shape) as restored, ScratchVolume(folder, shape) as shown:
+            result = model.reconstruct_beside(volume.hu, restored, shown)
+            after, before = restored.array(), shown.array()
+            saved = Volume(after, volume.affine, source=case.name, orientation=volume.orientation)
+            write_nifti(folder / f"{case.name}.nii.gz", saved)
+            comparison_panel(before, after, volume.spacing_mm, folder / f"{case.name}.png")
+            if arguments.video_frames:
+                video = folder / f"{case.name}.webp"
+                comparison_video(before, after, volume.spacing_mm, video, frames=arguments.video_frames)
+        say(f"{case.name}: {'×'.join(str(n) for n in shape[::-1])} in {result.seconds:.1f} s")
     say(f"volumes, pictures and videos: {folder}")
     return loop.exit_code
 
