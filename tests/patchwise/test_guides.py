@@ -1,5 +1,6 @@
 """Every command of the guides runs: as it stands, at tiny settings and paths; what needs GPUs or SLURM as a dry run.
 
+Of a dry run the settings that its command ends in are composed by Hydra, which refuses keys that are none.
 ``python`` is what the guide made it: no environment is on the search path before the guide's own ``source``.
 """
 
@@ -14,10 +15,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig
 
 from tests.helpers import ROOT, environment
 from tests.patchwise.conftest import fake_python_in
-from tests.patchwise.test_launchers import SMALL
+from tests.patchwise.test_launchers import SMALL, launch
 
 PACKAGE = ROOT / "patchwise_512x512x604"
 GUIDES = [
@@ -125,6 +129,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, volume
         shutil.copytree(checkpoint.parent, run / "checkpoints")
         (run / "logs").mkdir()
         (run / "config.yaml").write_text((ROOT / "config/dataset/phantom.yaml").read_text())
+    (folder / "workspace/outputs/metrics_report.json").write_text("{}")  # of the command before, which may run later
     fake_python_in(folder / "bin")
     return folder
 
@@ -137,8 +142,8 @@ def further(line: str, workplace: Path) -> list[str]:
     if name == "launch_distributed_training.sh":
         more += ["--min_free_gb", "0", *([] if "--gpus" in words else ["--gpus", "0"])]
         more += ["--python", str(workplace / "bin/python"), "--dry-run"] if needs_dry_run(line) else []
-    if name in ("launch_distributed_training.sh", "train_vqgan_distributed.py"):
-        more += TINY_TRAINING + ([] if "ckpt_path=last" in words else ["overwrite=true"])
+    if name in ("launch_distributed_training.sh", "train_vqgan_distributed.py") and not needs_dry_run(line):
+        more += TINY_TRAINING
         more += ["dataset.phantom_size=[20,36,36]", "dataset.validation_fraction=0.2"]  # one of the two is held out
         more += ["hardware.device=cpu"] if name == "train_vqgan_distributed.py" else []
     if name == "generate_samples.py":
@@ -146,8 +151,8 @@ def further(line: str, workplace: Path) -> list[str]:
     return more + (["--version"] if name == "tensorboard" else [])
 
 
-def attempt(guide: str, line: str, workplace: Path, checkout: Path) -> None:
-    """Run a command in a shell that has done nothing but what the guide did before it."""
+def attempt(guide: str, line: str, workplace: Path, checkout: Path) -> str:
+    """Run a command in a shell that has done nothing but what the guide did before it; returns its standard output."""
 
     def here(text: str) -> str:
         text = text.replace("/folder/of/nii.gz", str(workplace / "nii"))
@@ -163,12 +168,45 @@ def attempt(guide: str, line: str, workplace: Path, checkout: Path) -> None:
         ["bash", "-c", script], cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, f"{script}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+    return result.stdout
+
+
+def composed(told: str) -> DictConfig:
+    """The configuration of the training that a dry run printed, also of one inside a job of SLURM.
+
+    Raises:
+        Exception: Hydra's, of a setting that is none.
+    """
+    (line,) = [line for line in told.splitlines() if line.startswith("command: ")]
+    words = shlex.split(line)
+    if "sbatch" in words:
+        (job,) = [word.removeprefix("--wrap=") for word in words if word.startswith("--wrap=")]
+        words = shlex.split(job)
+    (script,) = [at for at, word in enumerate(words) if word.endswith("train_vqgan_distributed.py")]
+    with initialize_config_dir(str(PACKAGE / "config"), version_base="1.3"):
+        return compose("base_cfg", overrides=words[script + 1 :])
+
+
+@pytest.mark.parametrize("slurm", [(), ("--slurm",)], ids=["here", "slurm"])
+def test_settings_of_a_dry_run_are_seen_by_hydra(tmp_path: Path, fake_python: Path, slurm: tuple[str, ...]) -> None:
+    """So a slip in a line with GPUs is found on a machine that has none."""
+    options = ("--python", fake_python, "--dry-run", "--gpus", 2, *slurm, "--output_dir", tmp_path / "it's, mine")
+    config = composed(launch(*options, "training.batch_size=4", "hardware.checkpointing=true", cwd=tmp_path).stdout)
+    assert config.training.batch_size == 4
+    assert config.hardware.device == [0, 1]
+    assert config.output_dir == f"{tmp_path}/it's, mine"
+    for slip, words in (("training.bacth_size=4", "bacth_size"), ("experiment=patchwise_gpu", "patchwise_gpu")):
+        told = launch(*options, slip, cwd=tmp_path).stdout
+        with pytest.raises(HydraException, match=words):
+            composed(told)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("guide", "line"), [pair for pair in every_command() if not is_start(pair[1])])
 def test_a_command_of_a_guide_runs(guide: str, line: str, workplace: Path) -> None:
-    attempt(guide, line, workplace, workplace / "workspace/X-ray2CTPA")
+    told = attempt(guide, line, workplace, workplace / "workspace/X-ray2CTPA")
+    if needs_dry_run(line):
+        composed(told)
 
 
 @pytest.mark.slow
