@@ -77,6 +77,20 @@ def test_python_is_that_of_the_environment() -> None:
                 )
 
 
+def test_no_run_of_a_guide_meets_the_checkpoints_of_another() -> None:
+    """One that is no continuation has a folder of its own, or it would end with exit 2."""
+    for guide in GUIDES:
+        filled: list[str] = []
+        for name, line in every_command():
+            trains = "launch_distributed_training.sh" in line or "train_vqgan_distributed.py" in line
+            if name == guide.name and trains and "--dry-run" not in line:
+                given = re.search(r"output_dir[ =](\S+)", line)
+                folder = given[1] if given else "outputs"
+                assert (folder in filled) == ("ckpt_path=last" in line), f"{name}: {line}"
+                filled.append(folder)
+        assert filled or guide.name == "VALIDATION_GUIDE.md"
+
+
 def test_guides_name_only_what_exists() -> None:
     """Links lead somewhere, scripts are there, and keys of the tables are keys of the configuration."""
     for guide in GUIDES:
