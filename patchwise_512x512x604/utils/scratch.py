@@ -49,7 +49,7 @@ class ScratchVolume:
         Raises:
             StorageError: the disk refuses.
         """
-        left = memoryview(np.ascontiguousarray(slices, np.int16)).cast("B")
+        left = np.ascontiguousarray(slices, np.int16).data.cast("B")
         try:
             while left:
                 left = left[self._file.write(left) :]  # a write without a buffer may take a part

@@ -12,6 +12,7 @@ import pytest
 from dataset.data_module import VolumeDataModule
 from dataset.on_volumes import OnVolumesDataModule
 from dataset.sources import PhantomSource, VolumeSource
+from dataset.volume_dataset import VolumeDataset
 from dataset.volume_io import Volume
 from errors import ConfigurationError
 
@@ -111,7 +112,9 @@ def test_fixed_patches_are_of_training_and_name_their_volumes(tmp_path: Path) ->
     cases = [*(Case(name, name, "train") for name in "abcd"), Case("z", "z", "validation")]
     data = module(cases, tmp_path, overfit_patches=2)
     sampler = data.build(0, 1)
-    seen = {data.datasets["training"][key]["name"] for key in sampler}
+    training = data.datasets["training"]
+    assert isinstance(training, VolumeDataset)
+    seen = {training[key]["name"] for key in sampler}
     assert seen == {"a", "b"}
     assert set(data.names_of_training(1)) <= seen
     assert data.datasets["validation"][0]["name"] == "z"

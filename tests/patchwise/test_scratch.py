@@ -75,7 +75,9 @@ def test_samples_of_a_store_are_never_held(
     assert {path.name for path in Path("out").iterdir()} == {"long.nii.gz", "long.png"}
 
 
-def test_a_full_disk_is_one_line(script: Script, checkpoint: Path, volumes: Path, monkeypatch) -> None:
+def test_a_full_disk_is_one_line(
+    script: Script, checkpoint: Path, volumes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(volume: ScratchVolume, slices: np.ndarray) -> None:
         raise StorageError("out: a file of 1 MB cannot be written there (No space left on device)")
 
