@@ -243,9 +243,9 @@ def test_t26_a_sform_and_a_qform_are_compared_at_every_corner(tmp_path):
         read_header(stored(tmp_path / "ct.nii.gz", image.to_bytes()))
 
 
-@pytest.mark.parametrize(("scale", "unit"), [(1, 1), (1, 3), (0.01, 2), (100, 2)])
+@pytest.mark.parametrize(("scale", "unit"), [(0.3, 1), (1, 3), (0.01, 2), (100, 2)])
 def test_t26_a_spacing_of_no_ct_is_refused(tmp_path, scale, unit):
-    """(1, 1): numbers in mm that say they are metres, which made a volume of 700 m."""
+    """The first: numbers in mm that say they are metres, which made voxels of 0.2 m."""
     affine = AFFINE @ np.diag([scale, scale, scale, 1])
     path = stored(tmp_path / "ct.nii.gz", nifti_bytes(affine=affine, xyzt_units=unit))
     with pytest.raises(InputError, match=r"ct\.nii\.gz: voxel spacing .* mm is no CT's: check the affine and its unit"):
