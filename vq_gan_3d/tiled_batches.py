@@ -32,6 +32,7 @@ _LIVE_MAPS = 6
 # A row of tiles fills a slab of the whole plane in float32, and three are held: one is written, one waits, one grows.
 # 192 slices of 512×512, so that memory does not follow depth where whole columns would fit as tiles.
 _SLAB_BYTES = 3 << 26
+_DEEP_VOX = 604  # slices of a thorax at full clinical resolution
 
 
 class TileRunner:
@@ -212,10 +213,11 @@ def default_tile(
 ) -> Triple:
     """The window [D, H, W], halo included, that computes the fewest voxels within a budget of memory for one tile.
 
-    Its depth is also bounded by what a slab of the whole plane takes, so that memory does not grow with the volume's.
-    Depends on nothing but its arguments.
+    Its depth is also bounded by what a slab of the whole plane takes, and volumes deeper than 604 slices take the tile
+    of 604, so that memory does not grow with depth. Depends on nothing but its arguments.
     """
     stride = config.total_stride
+    shape_dhw = (min(shape_dhw[0], _DEEP_VOX), *shape_dhw[1:])
     best: tuple[float, Triple] | None = None
     for d, plane in itertools.product(_EDGES_VOX, _EDGES_VOX):
         tile = tuple(-(-edge // s) * s for edge, s in zip((d, plane, plane), stride, strict=True))

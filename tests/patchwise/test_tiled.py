@@ -235,6 +235,8 @@ def test_the_default_tile_is_never_a_column_of_the_whole_depth() -> None:
     for halo in config.receptive_halo_vox():
         for depth in (151, 604, 1208, 5000):
             assert default_tile(config, halo, (depth, 512, 512), 2**33)[0] <= 192
+        deep = {default_tile(config, halo, (depth, 512, 512), 2**33) for depth in (604, 1208, 3001)}
+        assert len(deep) == 1
 
 
 # --- real CT ---------------------------------------------------------------------------------------------------------
