@@ -69,7 +69,7 @@ def load_xray(path: str | os.PathLike[str], size: int = 256, *, view: XRayView =
         raise InputError(f"{path}: a {found} radiograph, a {view} one is needed: give that one")
     try:
         box = content_box(decoded.pixels)
-        content, placement = fit_square(decoded.pixels, size, box)
+        content, placement = fit_square(decoded.pixels, size, box, 1.0 if spacing is None else spacing[0] / spacing[1])
         image = pad_square(standardise(content), size, placement)
     except InputError as error:
         raise InputError(one_line(f"{path}: {error}")) from error

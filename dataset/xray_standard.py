@@ -79,19 +79,27 @@ def content_box(pixels: np.ndarray) -> tuple[int, int, int, int]:
     return top, bottom, left, right
 
 
-def fit_square(pixels: np.ndarray, size: int, box: tuple[int, int, int, int]) -> tuple[np.ndarray, Placement]:
-    """Scale the content so that its longer side has ``size`` pixels, its aspect ratio kept; anti-aliased.
+def fit_square(
+    pixels: np.ndarray, size: int, box: tuple[int, int, int, int], pixel_aspect: float = 1.0
+) -> tuple[np.ndarray, Placement]:
+    """Scale the content so that its longer side has ``size`` pixels, its aspect ratio in mm kept; anti-aliased.
 
     Classifiers of the field crop the centre instead (TorchXRayVision's XRayCenterCrop; RAD-DINO); here a volume is to
     be made from the picture, and a crop would cut the costophrenic angles or the apices, so the rest is padding.
+
+    Args:
+        pixels: (rows, columns).
+        size: of the result's longer side.
+        box: top, bottom, left and right of the content.
+        pixel_aspect: height over width of a pixel.
 
     Returns:
         float32 (h, w) not yet padded, the larger of them ``size``, and where it comes from and goes to.
     """
     top, bottom, left, right = box
     height, width = bottom - top, right - left
-    longest = max(height, width)
-    new_height, new_width = (max(1, round(length * size / longest)) for length in (height, width))
+    lengths = height * pixel_aspect, float(width)
+    new_height, new_width = (max(1, round(length * size / max(lengths))) for length in lengths)
     content = np.ascontiguousarray(pixels[top:bottom, left:right], dtype=np.float32)
     # Pillow widens its triangle with the factor, so that nothing is skipped; in mode F nothing is rounded
     scaled = Image.fromarray(content).resize((new_width, new_height), Image.Resampling.BILINEAR)

@@ -102,13 +102,22 @@ def test_t35_an_unusable_window_is_ignored_and_said_so(tmp_path, reference, capl
 )  # fmt: skip
 def test_t36_frontal_dicom_is_turned_upright(orientation, stored, position, tmp_path, reference):
     pixels = np.ascontiguousarray(stored(radiograph()))
-    path = save_dicom(
-        tmp_path / "a.dcm", pixels, PatientOrientation=orientation, ViewPosition=position, ImagerPixelSpacing=[0.2, 0.3]
-    )
-    assert_same(path, reference, 1e-6)
-    decoded = decode_xray(path)
+    told = {"PatientOrientation": orientation, "ViewPosition": position}
+    assert_same(save_dicom(tmp_path / "a.dcm", pixels, **told), reference, 1e-6)
+    decoded = decode_xray(save_dicom(tmp_path / "b.dcm", pixels, **told, ImagerPixelSpacing=[0.2, 0.3]))
     assert decoded.view == "frontal"
     assert decoded.pixel_spacing_mm == ((0.3, 0.2) if orientation[0] in "HF" else (0.2, 0.3))
+
+
+def test_pixels_that_are_not_square_keep_their_millimetres(tmp_path):
+    """Every second row, twice as high: the chest must not become half as tall."""
+    pixels = radiograph()
+    even = pixels[: len(pixels) // 2 * 2]
+    square = load_xray(save_dicom(tmp_path / "a.dcm", even, ImagerPixelSpacing=[0.2, 0.2]), 64)
+    flat = even.reshape(-1, 2, even.shape[1]).mean(axis=1).astype(even.dtype)
+    high = load_xray(save_dicom(tmp_path / "b.dcm", flat, ImagerPixelSpacing=[0.4, 0.2]), 64)
+    assert float((high.image - square.image).abs().mean()) < 0.02
+    assert high.pixel_spacing_mm == pytest.approx(square.pixel_spacing_mm, rel=0.05)
 
 
 @pytest.mark.parametrize("position", ["LL", "RL", "LATERAL", ""])
