@@ -28,7 +28,7 @@ from pathlib import Path
 from dataset.atomic import atomic_write, make_folder
 from dataset.pairs_case import named_patient, volume_stem, warn_of_nameless
 from dataset.pairs_keys import pseudonym, read_key
-from dataset.pairs_table import COLUMNS, read_pairs, table_rows
+from dataset.pairs_table import read_pairs, table_rows
 from dataset.splits import SPLIT_NAMES, TEST, TRAIN, VALIDATION, hash_fraction
 from dataset.xray_drr import sidecar_of
 from errors import ConfigurationError, ExitCode, InputError, StorageError, run_command
@@ -38,6 +38,8 @@ from preprocess.volume_tree import named_volumes
 log = logging.getLogger(__name__)
 # Radiographs are exchanged among held-out patients to see what they are worth, so there must be two.
 LEAST_HELD_OUT = 2
+# Rendered pictures tell their view, so that laterals need no column of their own.
+_WRITTEN_COLUMNS = ("patient", "ct", "xray", "label", "split")
 _PATIENT_COLUMNS = ("patient", "xray", "label", "split")
 
 
@@ -195,10 +197,10 @@ def write_pairs(path: Path, rows: Iterable[Row]) -> None:
     """Write the table; files are named by their way from its folder, so that all of it can move together."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    writer.writerow(_WRITTEN_COLUMNS)
     for row in rows:
         ct, *xrays = (os.path.relpath(file, path.parent) for file in (row.ct, *row.xrays))
-        writer.writerow((row.patient, ct, ";".join(xrays), row.label, "", row.split))
+        writer.writerow((row.patient, ct, ";".join(xrays), row.label, row.split))
     make_folder(path.parent)
     with atomic_write(path) as handle:
         handle.write(text.getvalue().encode())

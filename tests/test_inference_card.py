@@ -10,14 +10,14 @@ from omegaconf import OmegaConf
 
 from ddpm.export_bundle import training_facts
 from ddpm.model_card import _measured
+from tests.helpers import ROOT
 
 
 def recorded(folder: Path, **dataset: Any) -> Path:
     """A run's configuration of six phantoms, two of them held out; ``dataset`` changes it."""
     d = {
-        **{"name": "phantom", "root_dir": None, "n_patients": 6, "first_seed": 0, "size": [16, 16, 16]},
-        **{"patch_size": None, "phantom_size": None, "spacing_mm": None, "mirrored_share": 0.0, "tissue_bias": 0.0},
-        **{"patches_per_volume": 1, "validation_tiles": 0, "validation_fraction": 0.15, "max_bad_fraction": 0.1},
+        **OmegaConf.load(ROOT / "config/dataset/phantom.yaml"),
+        **{"n_patients": 6, "size": [16, 16, 16]},
         **{"validation": ["phantom_00001", "phantom_00004"], "cache_dir": str(folder)},
     }
     training = {"batch_size": 1, "num_workers": 0, "worker_timeout_s": 60, "seed": 0}

@@ -13,7 +13,7 @@ import pytest
 from ddpm.classifier.network import ClassifierConfig
 from errors import run_command
 from tests.ddpm.tiny import ddpm_command, saved_codec
-from tests.evaluation.test_clinical import SMALL, saved_judge
+from tests.evaluation.test_clinical_judges import SMALL, saved_judge
 from tests.helpers import ROOT, assert_one_line_error, environment
 
 pytestmark = pytest.mark.slow

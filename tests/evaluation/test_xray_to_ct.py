@@ -20,7 +20,7 @@ from ddpm.conditions import UNKNOWN_LABEL, ConditionBatch
 from ddpm.patient import joined
 from evaluation.held_out import HeldOut, LinearMap, mirrored, open_run, with_xrays_of, without_conditions
 from tests.ddpm.tiny import ddpm_command, saved_codec
-from tests.evaluation.test_clinical import saved_judge
+from tests.evaluation.test_clinical_judges import saved_judge
 from tests.helpers import ROOT, assert_one_line_error, environment
 
 XRAY_TO_CT, SAMPLER_TABLE = "evaluation/xray_to_ct.py", "evaluation/sampler_table.py"
