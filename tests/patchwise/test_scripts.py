@@ -255,8 +255,8 @@ def test_scripts_run_from_the_package_folder_and_explain_themselves(name: str, t
     told = subprocess.run([*command, "--help"], check=True, timeout=60, **options)
     assert "--checkpoint" in told.stdout
     refused = subprocess.run([*command, "--checkpoint", "a"], timeout=60, **options)
-    assert refused.returncode == (3 if name == "generate_samples" else 2)  # it knows its cases by the run
-    assert data_option(name) in refused.stderr or name == "generate_samples"
+    assert refused.returncode == (2 if name == "validate_patches" else 3)  # the others know their cases by the run
+    assert data_option(name) in refused.stderr
 
 
 @pytest.mark.slow
@@ -271,6 +271,13 @@ def test_held_out_cases_of_a_run_are_reconstructed(tmp_path: Path) -> None:
     )  # fmt: skip
     made = {path.name for path in (tmp_path / "outputs/sample_reconstructions").iterdir()}
     assert made == {"phantom_00000.nii.gz", "phantom_00000.png", "phantom_00000.webp"}
+    metrics = [sys.executable, str(ROOT / "patchwise_512x512x604/train/compute_metrics.py"), "--output", "report.json"]
+    subprocess.run(
+        [*metrics, "--checkpoint", "outputs/checkpoints/final.ckpt"], check=True, cwd=tmp_path, env=environment(),
+        timeout=300,
+    )  # fmt: skip
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [case["name"] for case in report["cases"]] == ["phantom_00000"]
 
 
 @pytest.mark.slow
