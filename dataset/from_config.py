@@ -47,7 +47,7 @@ def data_module(config: DictConfig) -> VolumeDataModule:
         max_bad_fraction=d.max_bad_fraction,
         tissue_bias=tissue_bias,
         validation_tiles=d.validation_tiles,
-        overfit_patches=d.get("overfit_patches"),  # records of earlier runs lack it
+        overfit_patches=d.overfit_patches,
     )
 
 

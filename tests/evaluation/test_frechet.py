@@ -23,6 +23,7 @@ from evaluation.metrics.frechet import (
     pooled_code,
     slices_of,
 )
+from tests.helpers import Canary
 
 WINDOW = HUWindow()
 
@@ -219,16 +220,6 @@ def test_slices_of_a_feature_map_are_pooled_plane_by_plane():
     np.testing.assert_allclose(means, features.mean((1, 2)).T)
     np.testing.assert_allclose(maxima, features.amax((1, 2)).T)
     np.testing.assert_allclose(found["axial"][1], [*features[:, 1].mean((1, 2)), *features[:, 1].amax((1, 2))])
-
-
-class Canary:
-    """Sings when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return type(self.path).touch, (self.path,)
 
 
 def test_t38_a_feature_file_that_is_no_torchscript_is_refused_and_never_unpickled(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 from errors import ConfigurationError
 from evaluation.records import claim, read_arrays, read_record, write_arrays, write_record
+from tests.helpers import Canary
 
 
 def test_records_survive_and_damaged_ones_are_made_again(tmp_path):
@@ -37,16 +38,6 @@ def test_records_survive_and_damaged_ones_are_made_again(tmp_path):
     for part in range(0, len(whole), len(whole) // 16):
         (output / "a.npz").write_bytes(whole[:part])
         assert read_arrays(output / "a.npz") is None
-
-
-class Canary:
-    """Sings when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return type(self.path).touch, (self.path,)
 
 
 def test_t38_arrays_in_a_results_folder_are_never_unpickled(tmp_path):
