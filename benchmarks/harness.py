@@ -12,7 +12,9 @@ import gc
 import json
 import os
 import platform
+import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -89,9 +91,15 @@ def versions(packages: Iterable[str] = ()) -> dict[str, str]:
     return found
 
 
+def command_line(arguments: Sequence[str]) -> str:
+    """What was called, with the names of files and folders but not where they lie: a report may be published."""
+    return " ".join(re.sub(r"[^=]*/", "", part.rstrip("/")) for part in arguments)
+
+
 def write_report(path: str | Path, rows: Sequence[Row], packages: Iterable[str] = ()) -> None:
-    """Write ``machine``, ``date`` (UTC), ``versions`` and ``rows`` as JSON; values that are not finite are refused."""
+    """Write ``command``, ``machine``, ``date`` (UTC), ``versions``, ``rows`` as JSON; non-finite values are refused."""
     report = {
+        "command": command_line(sys.argv),
         "machine": machine_info(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(packages),

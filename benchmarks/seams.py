@@ -110,7 +110,11 @@ def rows_of(checkpoint: Path, hu: np.ndarray, tile: Triple, scratch: Path) -> li
     depth, height, width = hu.shape
     shape, stride = (depth, height, width), codec.config.total_stride
     np.save(scratch / "volume.npy", hu)
-    rows = []
+    rows = [
+        Row(f"{what} along {axis}", n, "voxels")
+        for what, sizes in (("volume", shape), ("tile", tile))
+        for axis, n in zip("DHW", sizes, strict=True)
+    ]
     for way in WAYS:
         result = run(str(checkpoint), hu, way, tile)
         assert result.hu is not None

@@ -30,7 +30,7 @@ def test_report_has_the_agreed_keys_and_survives_json(tmp_path: Path) -> None:
     path = tmp_path / "new" / "report.json"
     harness.write_report(path, rows, packages=["pytest", "no-such-package"])
     report = json.loads(path.read_text(encoding="utf-8"))
-    assert set(report) == {"machine", "date", "versions", "rows"}
+    assert set(report) == {"command", "machine", "date", "versions", "rows"}
     assert [Row(**row) for row in report["rows"]] == rows
     assert set(report["rows"][0]) == {"what", "value", "unit", "reference", "ratio"}
     assert datetime.fromisoformat(report["date"]).tzinfo is not None
@@ -40,6 +40,11 @@ def test_report_has_the_agreed_keys_and_survives_json(tmp_path: Path) -> None:
     assert report["machine"]["cpu"]
     assert report["machine"]["cores"] >= 1
     assert report["machine"]["ram_gib"] > 0
+
+
+def test_a_report_says_what_was_called_but_not_where_files_lie() -> None:
+    called = ["/canary/benchmarks/seams.py", "--volume", "/canary/data/ct.nii.gz", "--data=../canary/ct_2mm/", "a=1"]
+    assert harness.command_line(called) == "seams.py --volume ct.nii.gz --data=ct_2mm a=1"
 
 
 def test_report_refuses_nan_and_leaves_the_old_file(tmp_path: Path) -> None:
