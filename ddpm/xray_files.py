@@ -47,8 +47,8 @@ class XRayFiles:
 def find_xrays(source: Path, lateral: Path | None, output: Path, report: Path | None = None) -> list[XRayFiles]:
     """A file, or all radiographs in a folder and those below it, by name.
 
-    Files count as radiographs by their content or, so that a damaged one is told, by their suffix; hidden files and
-    what lies in the output folder do not.
+    Files count as radiographs by their content or, so that a damaged one is told, by their suffix; hidden files do
+    not, nor does what lies in an output folder or a folder of lateral views within.
 
     Args:
         source: file or folder.
@@ -58,9 +58,10 @@ def find_xrays(source: Path, lateral: Path | None, output: Path, report: Path | 
 
     Raises:
         InputError: nothing there, or a folder of lateral views or reports of which none has a radiograph's name.
-        ConfigurationError: results would lie among the radiographs, or one of the sources is a file, another a folder.
+        ConfigurationError: results would lie among the radiographs, both views are in one folder, or one of the sources
+            is a file, another a folder.
     """
-    source, output = source.expanduser(), output.expanduser().absolute()
+    source, output = source.expanduser(), output.expanduser()
     lateral, report = (other and other.expanduser() for other in (lateral, report))
     if not source.exists():
         raise InputError(f"{source}: not there: give a radiograph or a folder of them")
@@ -71,9 +72,14 @@ def find_xrays(source: Path, lateral: Path | None, output: Path, report: Path | 
             raise ConfigurationError(f"{other}: give files only, or folders only")
     if not source.is_dir():
         return [XRayFiles(_name(Path(source.stem)), tuple(p for p in (source, lateral) if p is not None), report)]
-    if output == source.absolute():
-        raise ConfigurationError(f"{output}: holds the radiographs: choose another --output")
-    found = _radiographs(source, output)
+    for folder in (source, lateral):
+        if folder is not None and _within(output, folder) == Path():
+            raise ConfigurationError(f"{output}: holds the radiographs: choose another --output")
+    if lateral is not None and _within(lateral, source) == Path():
+        raise ConfigurationError(
+            f"{lateral}: holds the frontal radiographs: give the lateral ones a folder of their own"
+        )
+    found = _radiographs(source, output, lateral)
     if not found:
         raise InputError(f"{source}: holds no PNG, JPEG or DICOM: give a radiograph or a folder of them")
     names = {path: _name(path.relative_to(source).with_suffix("")) for path in found}
@@ -104,13 +110,21 @@ def _texts(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("*")) if path.suffix.lower() == ".txt" and path.is_file()]
 
 
-def _radiographs(folder: Path, output: Path) -> list[Path]:
+def _within(inner: Path, folder: Path) -> Path | None:
+    """Where a path lies in a folder; None: not inside it."""
+    inner, folder = inner.resolve(), folder.resolve()
+    return inner.relative_to(folder) if inner.is_relative_to(folder) else None
+
+
+def _radiographs(folder: Path, *others: Path | None) -> list[Path]:
+    """Those in a folder, but not in those ``others`` that lie within it (what lies above it would hide them all)."""
+    apart = [place for other in others if other is not None and (place := _within(other, folder)) is not None]
     candidates = (
         path
         for path in sorted(folder.rglob("*"))
         if path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and not path.absolute().is_relative_to(output)
+        and not any(path.relative_to(folder).is_relative_to(place) for place in apart)
     )
     return [path for path in candidates if path.suffix.lower() in _SUFFIXES or _looks_like_one(path)]
 
