@@ -80,6 +80,12 @@ class CheckpointKeeper(Checkpoint):
         self.best = state_dict["best"]
         self._step_files = list(state_dict["step_files"])
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Where no ``best.ckpt`` is, since the run began elsewhere or was taken back, the next validation makes one."""
+        if trainer.is_global_zero and not (self.folder / "best.ckpt").exists():
+            self.best = self.monitor.worst()
+        self.best = trainer.strategy.broadcast(self.best)
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:

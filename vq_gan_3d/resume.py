@@ -14,7 +14,8 @@ from pytorch_lightning.callbacks import Callback
 
 from dataset.from_config import plain_dict
 from errors import ConfigurationError, InputError
-from vq_gan_3d.checkpointing import all_checkpoints, find_resumable
+from vq_gan_3d.checkpointing import all_checkpoints, find_resumable, stored_steps
+from vq_gan_3d.optimization import steps_of
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,44 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
+class Rewind(Callback):
+    """Puts checkpoints of the branch that a run leaves aside: the newest one stays the one that ``last`` goes on from.
+
+    Whoever names a checkpoint to go on from leaves what was trained after it. Nothing is deleted: it goes to
+    ``abandoned_from_step_0500`` beside the others, once the run stands where it was told to, and not before.
+
+    Args:
+        checkpoints: of this run.
+        start: the named checkpoint. One of another folder leaves all that are in ours.
+    """
+
+    def __init__(self, checkpoints: Path, start: Path) -> None:
+        self.checkpoints = checkpoints
+        self.start = start
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Here the whole state is restored, and nothing is saved yet."""
+        if not trainer.is_global_zero:
+            return
+        steps = steps_of(pl_module)
+        inside = self.start.resolve().parent == self.checkpoints.resolve()
+        ages = {path: stored_steps(path) for path in all_checkpoints(self.checkpoints)}
+        # oldest first: if a kill comes between, the newest of the old branch is still the newest
+        left = sorted((path for path in ages if not inside or ages[path] > steps), key=ages.__getitem__)
+        if not left:
+            return
+        name = f"abandoned_from_step_{steps:04d}"
+        aside = next(
+            folder
+            for number in itertools.count(1)
+            if not (folder := self.checkpoints / (name if number == 1 else f"{name}_{number}")).exists()
+        )
+        aside.mkdir()
+        for path in left:
+            path.rename(aside / path.name)
+        log.info("going on from %s: %d checkpoint(s) that it leaves moved to %s", self.start, len(left), aside)
+
+
 def find_start(config: DictConfig, checkpoints: Path) -> Path | None:
     """The checkpoint to resume from, or None for a fresh start.
 
@@ -99,8 +138,14 @@ def find_start(config: DictConfig, checkpoints: Path) -> Path | None:
 
 def forget_run(output: Path) -> None:
     """Delete what an earlier run left in its folder and a new one would mix with its own; the text log stays."""
+    checkpoints = output / "checkpoints"
+    abandoned = list(checkpoints.glob("abandoned_from_step_*"))
+    of_branches = itertools.chain.from_iterable(map(all_checkpoints, [checkpoints, *abandoned]))
     of_tables = (output / "logs").glob("*.csv")
     of_panels = (output / "validation_results").glob("step_*.png")
     of_tensorboard = (output / "tensorboard_logs").glob("events.out.tfevents.*")
-    for path in itertools.chain(all_checkpoints(output / "checkpoints"), of_tables, of_panels, of_tensorboard):
+    for path in itertools.chain(of_branches, of_tables, of_panels, of_tensorboard):
         path.unlink()
+    for folder in abandoned:
+        if not any(folder.iterdir()):  # somebody's notes stay
+            folder.rmdir()

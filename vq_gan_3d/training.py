@@ -15,6 +15,7 @@ from pytorch_lightning.callbacks import Callback, TQDMProgressBar
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from dataset.atomic import atomic_write
+from dataset.from_config import recorded
 from errors import (
     ConfigurationError,
     DivergedError,
@@ -31,7 +32,7 @@ from vq_gan_3d.hardware import Hardware, resolve_hardware, return_memory_early
 from vq_gan_3d.launch import Launch, find_launch
 from vq_gan_3d.logs import CsvLog, LearningRateLog, PanelLog, log_to_file
 from vq_gan_3d.optimization import steps_of
-from vq_gan_3d.resume import ResumeContract, find_start, forget_run
+from vq_gan_3d.resume import ResumeContract, Rewind, find_start, forget_run
 from vq_gan_3d.stage import Stage, TrainingData
 from vq_gan_3d.workers import blame_worker, stop_workers
 
@@ -98,12 +99,15 @@ def _train(config: DictConfig, stage: Stage, output: Path) -> int:
         if start is None:  # overwrite=true: now that nothing is left to be refused
             forget_run(output)
         with atomic_write(output / "config.yaml") as handle:
-            handle.write(OmegaConf.to_yaml(config, resolve=True).encode())
+            handle.write(recorded(config).encode())
     if hardware.compile:
         for part in stage.to_compile(module):
             part.compile()
     ledger = SkipLedger(sum(map(len, data.sources.values())), config.dataset.max_bad_fraction, data.bad)
-    trainer = build_trainer(config, stage, hardware, launch, output, [contract, ledger], module.total_steps)
+    callbacks: list[Callback] = [contract, ledger]
+    if start is not None and str(config.ckpt_path) != "last":
+        callbacks.append(Rewind(checkpoints, start))
+    trainer = build_trainer(config, stage, hardware, launch, output, callbacks, module.total_steps)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*dataloader is not resumable.*")
         warnings.filterwarnings("ignore", ".*does not have many workers.*")

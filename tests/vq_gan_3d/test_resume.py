@@ -129,6 +129,40 @@ def test_t14_other_settings_are_refused_by_name(tmp_path: Path, train: Train) ->
         assert_one_line_error(train("training.max_steps=2", override, "ckpt_path=last", check=2), key)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.ckpt")}
+
+
+def test_last_goes_on_from_the_branch_of_a_rewind(tmp_path: Path, train: Train) -> None:
+    """Back from step 8 to 6 with another learning rate, stopped at 7: ``last`` is step 7, and the old 8 is kept."""
+    options = ["training.checkpoint_every_n_steps=1", "training.warmup_steps=0"]
+    train(*options, "training.max_steps=8")
+    checkpoints = tmp_path / "outputs/checkpoints"
+    before = contents(checkpoints)
+    named = checkpoints / "epoch_01_step_0006.ckpt"
+    changed = [*options, "training.learning_rate=0.01"]
+    train(*changed, "training.max_steps=8", f"ckpt_path={named}", "training.seed=1", check=2)
+    assert contents(checkpoints) == before  # refused: nothing was left yet
+    result = train(*changed, "training.max_steps=7", f"ckpt_path={named}")
+    aside = checkpoints / "abandoned_from_step_0006"
+    later = {"epoch_01_step_0007.ckpt", "epoch_01_step_0008.ckpt", "best.ckpt", "final.ckpt", "last.ckpt"}
+    assert contents(aside) == {name: before[name] for name in later}
+    assert "5 checkpoint(s) that it leaves moved to outputs/checkpoints/abandoned_from_step_0006" in result.stderr
+    assert (checkpoints / "best.ckpt").exists()  # of the new branch, however good the old one was
+    result = train(*changed, "training.max_steps=8", "ckpt_path=last")
+    assert "at step 7" in result.stderr
+    assert contents(aside) == {name: before[name] for name in later}
+    train(*changed, "training.max_steps=8", f"ckpt_path={aside.parent / named.name}", "output_dir=straight")
+    assert_same_run(checkpoints / "final.ckpt", tmp_path / "straight/checkpoints/final.ckpt")
+    # back to the old branch: all that is not of it goes aside, and twice from a step takes a second folder
+    train(*options, "training.max_steps=9", f"ckpt_path={aside / 'final.ckpt'}")
+    assert "final.ckpt" in contents(checkpoints / "abandoned_from_step_0008")
+    train(*options, "training.max_steps=8", f"ckpt_path={aside / 'final.ckpt'}")
+    assert "final.ckpt" in contents(checkpoints / "abandoned_from_step_0008_2")
+    train(*options, "training.max_steps=1", "overwrite=true")
+    assert not list(checkpoints.glob("abandoned*"))
+
+
 def test_an_old_run_is_not_overwritten(tmp_path: Path, train: Train) -> None:
     train("training.max_steps=1")
     before = (tmp_path / "outputs/checkpoints/final.ckpt").read_bytes()
