@@ -6,7 +6,7 @@ python preprocess/encode_latents.py --input nifti --output latents --checkpoint 
 Without --size volumes keep their own grid and are encoded by tiles with a halo, which equals encoding them whole: for
 the patch-wise model. A size W×H×D resamples the whole field of view, for the baseline. The tree of folders is kept,
 `a/b.nii.gz` becomes `a/b.safetensors`. A latent that is there already, sound and made of the same volume by the same
-codec, is kept: a run that was stopped goes on where it was.
+codec, is kept: a run that was stopped, by SIGINT and SIGTERM at once, goes on where it was.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 from dataset.pairs_case import volume_stem
 from errors import ConfigurationError, ExitCode, InputError, ProjectError, StorageError, run_command
 from preprocess.build_store import grid_name, parse_grid
+from preprocess.stopping import Stop, stoppable
 from preprocess.volume_tree import named_volumes
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,30 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Encode a folder; exit 4 if some volumes failed, 3 if all did."""
+    """Encode a folder; exit 4 if some volumes failed, 3 if all did.
+
+    Raises:
+        TerminatedError: SIGTERM; KeyboardInterrupt: SIGINT. Latents that are finished stay.
+    """
+    with stoppable("finished latents are kept, the same command goes on from there") as stop:
+        return _encode_all(arguments, stop)
+
+
+def over_processes(strategy: Any, counts: list[int]) -> list[int]:
+    """Sums of counts over all processes.
+
+    Args:
+        strategy: of a Lightning Trainer that has run.
+        counts: of this process, the same number of them in each.
+    """
+    import torch
+
+    # NCCL adds nothing up on the CPU, where the module is once the Trainer has run
+    total = strategy.reduce(torch.tensor(counts, device=strategy.root_device), reduce_op="sum")
+    return [int(count) for count in total]
+
+
+def _encode_all(arguments: argparse.Namespace, stop: Stop) -> int:
     import os
     import warnings
 
@@ -135,7 +159,11 @@ def main(arguments: argparse.Namespace) -> int:
             self.failures: dict[str, str] = {}
             self.encoded = 0
 
+        def on_predict_start(self) -> None:
+            stop.listen()  # Lightning has put its own handler there
+
         def predict_step(self, batch: int, batch_idx: int) -> None:
+            stop.check()
             path, target = tasks[batch]
             codec.to(self.device)
             try:
@@ -163,13 +191,9 @@ def main(arguments: argparse.Namespace) -> int:
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         loader: DataLoader[int] = DataLoader(share, batch_size=None)  # type: ignore[arg-type]  # it has what is asked
         trainer.predict(module, loader, return_predictions=False)
-    failed = len(module.failures)
-    if arguments.devices > 1:
-        counts = torch.tensor([failed, module.encoded], device=module.device)
-        torch.distributed.all_reduce(counts)
-        failed, module.encoded = (int(count) for count in counts)
+    failed, encoded = over_processes(trainer.strategy, [len(module.failures), module.encoded])
     if rank == 0:
-        print(f"{len(tasks) - failed} latents in {arguments.output}, {module.encoded} of them new, {failed} failed")
+        print(f"{len(tasks) - failed} latents in {arguments.output}, {encoded} of them new, {failed} failed")
     if not failed:
         return ExitCode.OK
     return ExitCode.SKIPS if failed < len(tasks) else ExitCode.BAD_INPUT

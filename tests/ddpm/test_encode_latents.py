@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +17,9 @@ import torch
 from dataset.geometry import resample_to_size
 from dataset.store import write_store
 from dataset.volume_io import Volume, to_int16_hu, write_nifti
+from preprocess.encode_latents import over_processes
 from tests.ddpm.tiny import saved_codec, tiny_codec
-from tests.helpers import ROOT, assert_one_line_error, environment
+from tests.helpers import ROOT, assert_one_line_error, environment, kill, wait_for
 from vq_gan_3d.latent_files import open_latent
 
 AFFINE = np.array([[0.0, 0, -4, 30], [0, -4, 0, 30], [5, 0, 0, -40], [0, 0, 0, 1]])
@@ -25,9 +30,12 @@ def volume(seed: int, shape: tuple[int, int, int]) -> Volume:
     return Volume(hu, AFFINE, source=str(seed))
 
 
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / "preprocess/encode_latents.py"), *map(str, arguments), "--device", "cpu"]
+
+
 def run(*arguments: object, check: int = 0) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "preprocess/encode_latents.py"), *map(str, arguments), "--device", "cpu"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=300)
+    result = subprocess.run(command(*arguments), capture_output=True, text=True, env=environment(), timeout=300)
     assert result.returncode == check, result.stdout[-2000:] + result.stderr[-4000:]
     return result
 
@@ -95,3 +103,61 @@ def test_a_missing_folder_or_checkpoint_is_one_line(tmp_path: Path, cohort: Path
     assert_one_line_error(
         run("--input", tmp_path / "nothing", *common, checkpoint, check=2), "nothing", "no such folder"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code", "group", "devices"),
+    [
+        pytest.param(signal.SIGTERM, 143, False, 1, id="term"),
+        pytest.param(signal.SIGINT, 130, False, 1, id="int"),
+        pytest.param(signal.SIGTERM, 143, False, 2, id="term to the first of two"),
+        pytest.param(signal.SIGINT, 130, True, 2, id="int to both of two"),
+    ],
+)
+def test_t13_a_signal_ends_it_at_once_and_finished_latents_stay(
+    tmp_path: Path, number: int, code: int, group: bool, devices: int
+) -> None:
+    folder, out, checkpoint, count = tmp_path / "in", tmp_path / "out", saved_codec(tmp_path), 150
+    folder.mkdir()
+    write_nifti(folder / "000.nii", volume(0, (24, 32, 32)))
+    for other in range(1, count):
+        shutil.copy(folder / "000.nii", folder / f"{other:03d}.nii")
+    flags = ("--input", folder, "--output", out, "--checkpoint", checkpoint)
+    process = subprocess.Popen(
+        command(*flags, "--devices", devices),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_for(out / "001.safetensors", process, timeout_s=600)
+        (os.killpg if group else os.kill)(process.pid, number)
+        told = process.communicate(timeout=300)
+    finally:
+        if process.poll() is None:
+            kill(process)
+    result = subprocess.CompletedProcess(process.args, process.returncode, *told)
+    assert process.returncode == code, result.stderr[-3000:]
+    assert_one_line_error(result, "SIGTERM: finished latents are kept" if code == 143 else "SIGINT")
+    finished = sorted(out.glob("*.safetensors"))
+    assert 0 < len(finished) < count
+    for path in finished:
+        open_latent(path).verify()
+    if devices == 1:
+        assert f"{count - len(finished)} of them new" in run(*flags).stdout
+
+
+def test_counts_are_summed_where_the_processes_talk() -> None:
+    """NCCL takes no tensor of the CPU, where Lightning's teardown has left the module."""
+    where = []
+
+    def reduce(counts: torch.Tensor, reduce_op: str) -> torch.Tensor:
+        where.append((counts.device.type, counts.shape, reduce_op))
+        return torch.tensor([3, 5])
+
+    strategy = SimpleNamespace(root_device=torch.device("meta"), reduce=reduce)  # a device that is not the CPU
+    assert over_processes(strategy, [1, 2]) == [3, 5]
+    assert where == [("meta", (2,), "sum")]
