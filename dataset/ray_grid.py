@@ -6,20 +6,30 @@ here turns this round: it names for every cell the place in the picture, and `gr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 
 from dataset.geometry import resampled_affine, spacing_mm
 from dataset.projection import SOURCE_DETECTOR_MM, SOURCE_ISOCENTRE_MM, ConeGeometry, View, voxel_to_world
 from dataset.xray import XRay
+from dataset.xray_drr import DRRInfo, read_info
 from errors import ConfigurationError
 
+log = logging.getLogger(__name__)
+
+_RENDERED = "rendered from CT"  # note of `dataset.xray.load_xray` on a picture with its geometry
 # Cells that lie far outside, or behind the source, are brought to this distance from the middle of the picture: finite,
 # outside, and near enough that the mean of a block of cells stays meaningful.
 _FAR = 3.0
 # How much larger than life the middle of the chest is on the detector of a chest stand.
 _MAGNIFICATION = SOURCE_DETECTOR_MM / SOURCE_ISOCENTRE_MM
+# Longer side of a chest radiograph on the detector. Standard cassettes run from 18×24 to 35×43 cm; beyond these bounds
+# a spacing is a converter's default or a thumbnail's.
+_PICTURE_MM = (150.0, 600.0)
 
 
 def latent_affine(affine: np.ndarray, stride_dhw: Sequence[int]) -> np.ndarray:
@@ -31,6 +41,39 @@ def latent_shape(shape_dhw: Sequence[int], stride_dhw: Sequence[int]) -> tuple[i
     """Cells (d, h, w) of a volume that is padded to a multiple of the stride at its far ends."""
     d, h, w = (-(-size // step) for size, step in zip(shape_dhw, stride_dhw, strict=True))
     return d, h, w
+
+
+def rendered_info(xray: XRay) -> DRRInfo | None:
+    """The geometry of a picture that was rendered from a CT; None for a real radiograph.
+
+    A geometry beside a DICOM or JPEG file belongs to the picture of the same name, not to that file.
+
+    Raises:
+        InputError: it is damaged since the picture was loaded.
+    """
+    return read_info(Path(xray.source)) if _RENDERED in xray.notes else None
+
+
+def believed_spacing_mm(xray: XRay) -> tuple[float, float] | None:
+    """The pixel spacing (row, column) on the detector that decides the scale of a real radiograph.
+
+    None where the file tells none, or one that makes the picture larger or smaller than any chest radiograph; the
+    latter is logged, once for each file.
+    """
+    if xray.pixel_spacing_mm is None:
+        return None
+    # half a pixel is not known where the padding is odd
+    sides = (xray.image.shape[-1] - 2 * pad for pad in xray.placement.pad)
+    tall_mm, wide_mm = (side * step for side, step in zip(sides, xray.pixel_spacing_mm, strict=True))
+    if _PICTURE_MM[0] <= max(tall_mm, wide_mm) <= _PICTURE_MM[1]:
+        return xray.pixel_spacing_mm
+    _tell_unbelieved(xray.source, round(tall_mm), round(wide_mm))
+    return None
+
+
+@cache
+def _tell_unbelieved(source: str, tall_mm: int, wide_mm: int) -> None:
+    log.warning("%s: its pixel spacing makes it %d×%d mm, no chest radiograph: it is ignored", source, tall_mm, wide_mm)
 
 
 def ray_grid(
@@ -45,9 +88,10 @@ def ray_grid(
 
     With a geometry, along the ray through that point. Without one (a real radiograph) along the axis of the volume:
     the middle of the picture's content lies on the middle of the volume, and one scale holds for both axes. It is the
-    pixel spacing over the magnification of a chest stand (1.10) where the file tells the spacing; else the content
-    covers the volume's field, (D, W) in a frontal and (D, H) in a lateral picture, and just fits it in one axis. Both
-    are assumptions: nobody knows where a patient of a real radiograph stood.
+    pixel spacing over the magnification of a chest stand (1.10) where the file tells one that can be true
+    (`believed_spacing_mm`); else the content covers the volume's field, (D, W) in a frontal and (D, H) in a lateral
+    picture, and just fits it in one axis. Both are assumptions: nobody knows where a patient of a real radiograph
+    stood.
 
     Args:
         geometry: of the rendered picture, None for a real radiograph.
@@ -91,8 +135,8 @@ def _along_axis(
     # the shorter axis of the content is what the padding leaves; where that is odd, half a pixel is not known
     height, width = (size - 2 * pad for pad in xray.placement.pad)
     tall_mm, wide_mm = shape_dhw[0] * mm[0], shape_dhw[across] * mm[across]
-    if xray.pixel_spacing_mm is not None:
-        row_mm, column_mm = (step / _MAGNIFICATION for step in xray.pixel_spacing_mm)
+    if (spacing := believed_spacing_mm(xray)) is not None:
+        row_mm, column_mm = (step / _MAGNIFICATION for step in spacing)
     else:
         row_mm = column_mm = max(tall_mm / height, wide_mm / width)
     down_mm = tall_mm / 2 - edges_vox[..., 0] * mm[0]

@@ -18,11 +18,10 @@ from dataset.geometry import affine_after_crop, crop_or_pad
 from dataset.patch_sampling import random_start
 from dataset.prepared import PreparedVolume
 from dataset.projection import View
-from dataset.ray_grid import ray_grid
+from dataset.ray_grid import ray_grid, rendered_info
 from dataset.volume_dataset import first_readable
 from dataset.xray import load_xray
 from dataset.xray_augment import XRayAugmentation, augment_xray, augmentation_generator
-from dataset.xray_drr import read_info
 from ddpm.conditions import UNKNOWN_LABEL, ConditionBatch, positions
 from vq_gan_3d.latent_files import LatentFile
 from vq_gan_3d.latents import LatentScaler
@@ -202,7 +201,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         if key not in self._xrays:
             latent = self.cases[number].latent
             xray = load_xray(path, self.settings.xray_size, view=view)
-            info = read_info(path)
+            info = rendered_info(xray)
             geometry = info.geometry if info is not None else None
             grid = ray_grid(geometry, view, xray, latent.affine, latent.shape_dhw, latent.meta["stride_dhw"])
             self._xrays[key] = (xray.image, torch.from_numpy(grid))

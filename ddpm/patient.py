@@ -10,10 +10,8 @@ makes the picture as large as a chest radiograph can be; else the picture covers
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -21,19 +19,13 @@ import torch
 
 from dataset.geometry import affine_after_crop, resampled_affine
 from dataset.projection import View
-from dataset.ray_grid import ray_grid
+from dataset.ray_grid import believed_spacing_mm, ray_grid, rendered_info
 from dataset.xray import XRay, load_xray
-from dataset.xray_drr import DRRInfo, read_info
+from dataset.xray_drr import DRRInfo
 from ddpm.bundle import Bundle
 from ddpm.conditions import UNKNOWN_LABEL, ConditionBatch
 from errors import ConfigurationError, InputError
 
-log = logging.getLogger(__name__)
-
-RENDERED = "rendered from CT"  # note of `dataset.xray.load_xray` on a picture with its geometry
-# Longer side of a chest radiograph on the detector. Standard cassettes run from 18×24 to 35×43 cm; beyond these bounds
-# a spacing is a converter's default or a thumbnail's.
-_PICTURE_MM = (150.0, 600.0)
 _OUTSIDE = 2.0  # on the grid of rays: outside the picture
 
 
@@ -71,8 +63,7 @@ def prepare_patient(bundle: Bundle, xrays: Sequence[XRay], text: str = "", label
         raise ConfigurationError("no radiograph: give one")
     refuse_untrained(bundle, text=bool(text), label=label)
     placed = _by_view(xrays, cast("tuple[View, ...]", told.views))
-    # a geometry beside a DICOM file belongs to the picture of the same name
-    infos = {v: read_info(Path(xray.source)) if RENDERED in xray.notes else None for v, xray in placed.items()}
+    infos = {view: rendered_info(xray) for view, xray in placed.items()}
     affine, origin = _field(bundle, infos)
     images, grids, present, facts = [], [], [], []
     for view in cast("tuple[View, ...]", told.views):
@@ -85,10 +76,12 @@ def prepare_patient(bundle: Bundle, xrays: Sequence[XRay], text: str = "", label
         if xray.image.shape[-1] != told.xray_size:
             xray = load_xray(xray.source, told.xray_size, view=view)
         info = infos[view]
-        if info is None:
-            xray, scale = _believable(xray)
-        else:
+        if info is not None:
             scale = "rays of the rendered picture"
+        elif believed_spacing_mm(xray) is not None:
+            scale = "pixel spacing of the file"
+        else:
+            scale = "the picture covers the field"
         grid = ray_grid(
             None if info is None else info.geometry, view, xray, affine, bundle.shape_dhw, bundle.config.stride_dhw
         )
@@ -161,21 +154,6 @@ def _field(bundle: Bundle, infos: dict[View, DRRInfo | None]) -> tuple[np.ndarra
             raise InputError("the radiographs were rendered from different CTs: give those of one patient")
     # as training volumes were: the whole field of the CT on the cells of the model
     return resampled_affine(first.affine, first.shape_dhw, bundle.shape_dhw), "that of the CT of the rendered picture"
-
-
-def _believable(xray: XRay) -> tuple[XRay, str]:
-    """The radiograph, without its pixel spacing where that cannot be true, and what scale its rays will have."""
-    covers = "the picture covers the field"
-    if xray.pixel_spacing_mm is None:
-        return xray, covers
-    size = xray.image.shape[-1]
-    sides_mm = [(size - 2 * pad) * step for pad, step in zip(xray.placement.pad, xray.pixel_spacing_mm, strict=True)]
-    if _PICTURE_MM[0] <= max(sides_mm) <= _PICTURE_MM[1]:
-        return xray, "pixel spacing of the file"
-    log.warning(
-        "%s: its pixel spacing makes it %.0f×%.0f mm, no chest radiograph: it is ignored", xray.source, *sides_mm
-    )
-    return replace(xray, pixel_spacing_mm=None), covers
 
 
 def joined(batches: Sequence[ConditionBatch]) -> ConditionBatch:
