@@ -76,9 +76,7 @@ def find_xrays(source: Path, lateral: Path | None, output: Path, report: Path | 
         if folder is not None and _within(output, folder) == Path():
             raise ConfigurationError(f"{output}: holds the radiographs: choose another --output")
     if lateral is not None and _within(lateral, source) == Path():
-        raise ConfigurationError(
-            f"{lateral}: holds the frontal radiographs: give the lateral ones a folder of their own"
-        )
+        raise ConfigurationError(f"{lateral}: holds the frontal radiographs: give the lateral ones another")
     found = _radiographs(source, output, lateral)
     if not found:
         raise InputError(f"{source}: holds no PNG, JPEG or DICOM: give a radiograph or a folder of them")
