@@ -9,9 +9,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import config as shared_config
 from benchmarks.harness import (
@@ -27,21 +29,22 @@ from benchmarks.harness import (
 from benchmarks.memory import PeakMemory, peak_rss_of
 from benchmarks.peers import monai_step, monai_vqvae, why_no_monai
 from benchmarks.reference import ReferenceVQGAN, fused_adam, reference_step
-from vq_gan_3d.codec import VQCodec
 from vq_gan_3d.hardware import return_memory_early
 from vq_gan_3d.quantizer import nearest_codes
 from vq_gan_3d.runner import build_module
+from vq_gan_3d.vqgan import VQGAN
 
 # The roof of the reference: the plain convolution in which its plan does half of its work, at the size of the step.
 PLAIN_CONV_CHANNELS, PLAIN_CONV_SIZE, QUICK_CONV_SIZE = 128, 64, 16
 MEGABYTE = 1e6
+Prepare = Callable[[str, int, int, int, int], Callable[[], object]]
 
 
-def our_module() -> nn.Module:
+def our_module(*overrides: str) -> VQGAN:
     """The LightningModule of the default configuration."""
     base = Path(next(iter(shared_config.__path__))).parent / "baseline_256x256x64" / "config"
     with initialize_config_dir(version_base="1.3", config_dir=str(base)):
-        return build_module(compose("base_cfg"))
+        return build_module(compose("base_cfg", list(overrides)))
 
 
 class OurStep(nn.Module):
@@ -50,7 +53,6 @@ class OurStep(nn.Module):
     def __init__(self, checkpointing: bool) -> None:
         super().__init__()
         codec = our_module().codec
-        assert isinstance(codec, VQCodec)
         codec.set_checkpointing(checkpointing)
         self.codec = codec
 
@@ -85,6 +87,30 @@ def prepare_peak(device: str, batch: int, depth: int, height: int, width: int) -
         optimizer.step()
 
     return step
+
+
+def prepare_whole_peak(device: str, batch: int, depth: int, height: int, width: int) -> Callable[[], object]:
+    """The trainer's own step with both discriminators at work, otherwise as in `prepare_peak`."""
+    if device == "cpu":
+        return_memory_early()
+    module = our_module("model.discriminator_iter_start=0", "hardware.checkpointing=true")
+
+    def step(*shape: int) -> None:
+        hu = torch.randint(-1000, 1000, shape, dtype=torch.int16)
+        trainer = pl.Trainer(
+            accelerator="gpu" if device == "cuda" else device,
+            devices=1,
+            precision="bf16-mixed",
+            max_epochs=1,
+            barebones=True,
+        )
+        trainer.fit(module, DataLoader([{"hu": hu}], batch_size=None))  # type: ignore[arg-type]  # a list serves
+
+    step(1, 1, 16, 32, 32)
+    module.to(device)
+    for parameter in module.parameters():  # gradients belong to the baseline
+        parameter.grad = torch.zeros_like(parameter)
+    return lambda: step(batch, 1, depth, height, width)
 
 
 def step_rows(device: str, rounds: int, warmup: int) -> list[Row]:
@@ -126,12 +152,12 @@ def step_rows(device: str, rounds: int, warmup: int) -> list[Row]:
         ]
     else:
         print(f"MONAI left out: {missing}")
-    mflop = conv_mflop_per_voxel_step(ReferenceVQGAN())
+    mflop, timed = (conv_mflop_per_voxel_step(ReferenceVQGAN(), n) for n in (32, size if rounds > 1 else 32))
     rows.append(Row("reference: MFLOP per voxel and step", mflop, "MFLOP"))
     rows.append(Row("ours: MFLOP per voxel and step", conv_mflop_per_voxel_step(OurStep(False)), "MFLOP", mflop))
     for precision in precisions:
         roof = roof_gflop / min(value for name, value in seconds.items() if name.startswith(f"plain {precision}"))
-        reached = mflop * rate[f"reference {precision}"]  # MFLOP x kvoxel/s = GFLOP/s
+        reached = timed * rate[f"reference {precision}"]  # MFLOP x kvoxel/s = GFLOP/s
         rows.append(
             Row(f"reference {precision}: share of a plain convolution", reached, "GFLOP/s", roof, reached / roof)
         )
@@ -141,11 +167,15 @@ def step_rows(device: str, rounds: int, warmup: int) -> list[Row]:
 def memory_rows(device: str, quick: bool) -> list[Row]:
     """Peak memory of a step above weights, gradients and optimizer state, each in a process of its own."""
 
-    def peak(batch: int, depth: int, height: int, width: int) -> float:
-        return peak_rss_of(prepare_peak, device, batch, depth, height, width, device=device)
+    def peak(batch: int, depth: int, height: int, width: int, prepare: Prepare = prepare_peak) -> float:
+        return peak_rss_of(prepare, device, batch, depth, height, width, device=device)
 
     size = 64 if quick else 128
-    rows = [Row(f"peak bytes per voxel, {size}³ bf16, block checkpointing", peak(1, size, size, size) / size**3, "B")]
+    what = f"peak bytes per voxel, {size}³ bf16, block checkpointing"
+    rows = [Row(what, peak(1, size, size, size) / size**3, "B")]
+    if not quick:
+        whole = peak(1, size, size, size, prepare_whole_peak)
+        rows.append(Row(f"{what}, the trainer's step with discriminators", whole / size**3, "B"))
     if not quick:
         rows.append(Row("peak of 1×256×256×64 bf16, block checkpointing", peak(1, 64, 256, 256) / MEGABYTE, "MB"))
     if device == "cuda":
@@ -155,7 +185,7 @@ def memory_rows(device: str, quick: bool) -> list[Row]:
 
 def size_rows() -> list[Row]:
     """Parameters by part."""
-    parts = our_module().parameters_by_part()  # type: ignore[operator]
+    parts = our_module().parameters_by_part()
     names = {"total": "parameters", "generator": "parameters: generator"}
     return [Row(names.get(name, f"parameters: {name}"), count / 1e6, "M") for name, count in parts.items()]
 

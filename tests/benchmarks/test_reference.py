@@ -145,6 +145,20 @@ def test_moving_averages_settle_on_the_mean_of_their_vectors() -> None:
     torch.testing.assert_close(codebook.embedding, torch.tensor([[2.0, 0.0], [9.0, 9.0]]), atol=1e-3, rtol=0)
 
 
+def test_codes_start_at_the_data_and_dead_ones_come_back() -> None:
+    torch.manual_seed(4)
+    codebook = ReferenceCodebook(codes=16, dim=4, decay=0.5)
+    far = torch.randn(1, 4, 8, 8, 8) / 10 + 7  # nearest to one and the same of codes around 0
+    _, loss = codebook(far)
+    assert loss.item() < 0.25 * 0.01
+    assert len(codebook.nearest(far.movedim(1, -1).reshape(-1, 4)).unique()) > 8
+    for _ in range(12):
+        codebook(-far)
+    vectors = -far.movedim(1, -1).reshape(-1, 4)
+    assert (torch.cdist(codebook.embedding, vectors).amin(1) < 0.2).all()
+    assert len(codebook.nearest(vectors).unique()) > 8
+
+
 def test_missing_monai_is_a_reason_and_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(name: str) -> None:
         raise ImportError(f"No module named {name}")

@@ -232,9 +232,13 @@ print(result.peak_bytes // 2**20)
 """
 
 
+# Freed memory goes back at once: what malloc keeps varies by 100 MB from run to run and hides what is held.
+THRIFTY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
 def peak_mb(depth: int, plane: int, mode: str, kind: str, tile: str) -> int:
     code = [sys.executable, "-c", PEAK, str(depth), str(plane), mode, kind, tile]
-    result = subprocess.run(code, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+    result = subprocess.run(code, cwd=ROOT, env=environment(**THRIFTY), capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     return int(result.stdout)
 
@@ -257,9 +261,9 @@ def test_full_planes_of_any_depth_take_the_same_memory(mode: str, tile: str, dep
 
 @pytest.mark.slow
 def test_a_real_codec_takes_the_same_memory_at_any_depth() -> None:
-    peaks = {depth: peak_mb(depth, 96, "halo", "real", "64,64,64") for depth in (151, 604)}
+    peaks = {depth: peak_mb(depth, 96, "halo", "real", "64,64,64") for depth in (151, 1208)}
     assert max(peaks.values()) < 1000, peaks
-    assert max(peaks.values()) - min(peaks.values()) < 60, peaks
+    assert max(peaks.values()) - min(peaks.values()) < 15, peaks  # a copy of 1208 slices would be 22 MB
 
 
 MEASURE = """
@@ -292,7 +296,7 @@ def test_measuring_a_store_takes_the_same_memory_at_any_depth(tmp_path: Path) ->
         hu = np.random.default_rng(0).integers(-20, 60, (depth, 256, 256), np.int16)
         write_store(tmp_path / f"{depth}.b2nd", Volume(hu, np.eye(4)), {})
         code = [sys.executable, "-c", MEASURE, str(tmp_path / f"{depth}.b2nd")]
-        result = subprocess.run(code, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+        result = subprocess.run(code, cwd=ROOT, env=environment(**THRIFTY), capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr[-2000:]
         peaks[depth] = int(result.stdout)
     assert peaks[1200] - peaks[300] < 60, peaks
