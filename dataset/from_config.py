@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,12 +14,19 @@ from omegaconf import DictConfig, OmegaConf
 from dataset.data_module import VolumeDataModule
 from dataset.phantom import is_mirrored
 from dataset.sources import FileSource, PhantomSource, VolumeSource, default_cache, find_nifti, find_stores
+from dataset.splits import SPLIT_NAMES, TEST
 from errors import ConfigurationError, InputError
 
 log = logging.getLogger(__name__)
 F = TypeVar("F", bound=FileSource)
 # Public collections with tables of their own: `dataset.pairs` reads them.
 COHORTS = ("rspect", "lidc", "xray_ctpa")
+# Settings that name a file or a folder of the data or of a trained model.
+_PATHS = (
+    *(f"dataset.{key}" for key in ("csv", "root_dir", "xray_dir", "key", "splits", "latents_dir", "cache_dir")),
+    "pretrained_vqgan",
+    "pretrained_ddpm",
+)
 
 
 def data_module(config: DictConfig) -> VolumeDataModule:
@@ -28,6 +36,8 @@ def data_module(config: DictConfig) -> VolumeDataModule:
     tissue_bias = float(d.tissue_bias)
     if not 0 <= tissue_bias <= 1:
         raise ConfigurationError(f"dataset.tissue_bias={tissue_bias}: a share of the patches is in [0, 1]")
+    if not isinstance(d.validation, Sequence) or isinstance(d.validation, str):
+        raise ConfigurationError(f"dataset.validation={d.validation}: give a list of patients, [{d.validation}]")
     sources = volume_sources(config.dataset)
     if size is None and d.patch_size is None:
         raise ConfigurationError("dataset.size=null keeps native grids: set dataset.patch_size to train on patches")
@@ -82,6 +92,23 @@ def volume_sources(d: DictConfig) -> list[VolumeSource]:
     return [PhantomSource(seed, grid, spacing, is_mirrored(seed, d.mirrored_share)) for seed in seeds]
 
 
+def sources_of_test_split(config: DictConfig) -> list[VolumeSource]:
+    """The test patients of a run's cohort, which no training opens; where `VolumeDataModule` is to prepare them, they
+    take the place of its validation.
+
+    Raises:
+        InputError: the cohort has none, or cannot be read.
+    """
+    sources = volume_sources(config.dataset)
+    found = [source for source in sources if SPLIT_NAMES.get(str(getattr(source, "split", None)).lower()) == TEST]
+    if not found:
+        raise InputError(
+            f"dataset={config.dataset.name}: none of its {len(sources)} volumes is of a test patient (make_pairs.py "
+            "--test, dataset.test_fraction): leave --split test"
+        )
+    return found
+
+
 def _split_by_table(sources: Sequence[F], table: str | None) -> list[F]:
     """Volumes with the splits of a table of pairs, so that a folder is split as the cohort was.
 
@@ -112,8 +139,8 @@ def size_dhw(value: Any) -> tuple[int, int, int] | None:
     """A configured size as [D, H, W], None for null."""
     if value is None:
         return None
-    if len(value) != 3 or min(value) < 1:
-        raise ConfigurationError(f"size {list(value)} is no [D, H, W] of positive integers")
+    if not isinstance(value, Sequence) or len(value) != 3 or not all(type(n) is int and n >= 1 for n in value):
+        raise ConfigurationError(f"size {value} is no [D, H, W] of positive integers")
     return int(value[0]), int(value[1]), int(value[2])
 
 
@@ -125,6 +152,18 @@ def _spacing_mm(value: Any) -> tuple[float, float, float] | None:
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"dataset.spacing_mm={value} is no [d, h, w] in mm") from error
     return d, h, w
+
+
+def recorded(config: DictConfig) -> str:
+    """A configuration as a run records it, in YAML: its data and models by absolute paths.
+
+    Evaluations read it wherever they are started; a relative path was relative to the folder of the training.
+    """
+    record = copy.deepcopy(config)
+    for key in _PATHS:
+        if named := OmegaConf.select(record, key):
+            OmegaConf.update(record, key, str(Path(named).expanduser().absolute()))
+    return OmegaConf.to_yaml(record, resolve=True)
 
 
 def run_config(run: Path) -> DictConfig:

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from dataset.from_config import volume_sources
+from dataset.from_config import recorded, sources_of_test_split, volume_sources
 from dataset.phantom import sample_patient
 from dataset.sources import PhantomSource, prepare
-from errors import ConfigurationError
+from errors import ConfigurationError, InputError
 from tests.helpers import ROOT
 
 # Every one of 150 phantoms lies inside this field (429×429×330 mm): lungs off its ends, skin inside its sides.
@@ -76,3 +76,34 @@ def test_a_share_of_the_phantoms_is_mirrored() -> None:
     assert [source.name for source in plain] == [source.name for source in some]
     before, after = plain[changed[0]].load(), some[changed[0]].load()
     assert np.array_equal(after.hu, before.hu[..., ::-1])
+
+
+def test_a_run_records_its_data_and_models_by_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/who")
+    dataset = configured(root_dir="cohort", splits="/data/pairs.csv", cache_dir="~/cache", n_patients=7)
+    config = OmegaConf.create({"dataset": dataset, "pretrained_vqgan": "codec.ckpt", "output_dir": "outputs"})
+    before = OmegaConf.to_yaml(config)
+    again = OmegaConf.create(recorded(config))
+    assert again.dataset.root_dir == str(tmp_path / "cohort")
+    assert (again.dataset.splits, again.dataset.cache_dir) == ("/data/pairs.csv", "/home/who/cache")
+    assert (again.pretrained_vqgan, again.output_dir) == (str(tmp_path / "codec.ckpt"), "outputs")
+    assert again.dataset.n_patients == 7
+    assert OmegaConf.to_yaml(config) == before
+
+
+def test_test_patients_of_a_table_and_of_a_cohort_without_any(tmp_path: Path) -> None:
+    rows = ["patient,ct,split"]
+    for number, split in enumerate(("train", "train", "val", "Test", "test")):
+        (tmp_path / f"p{number}.nii.gz").touch()
+        rows.append(f"p{number},p{number}.nii.gz,{split}")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    cohort = configured(name="xray_ctpa", csv=str(tmp_path / "pairs.csv"))
+    folder = configured(name="nifti", root_dir=str(tmp_path), splits=str(tmp_path / "pairs.csv"))
+    for config in (cohort, folder):
+        assert [source.patient for source in sources_of_test_split(OmegaConf.create({"dataset": config}))] == [
+            "p3",
+            "p4",
+        ]
+    with pytest.raises(InputError, match="none of its 3 volumes is of a test patient"):
+        sources_of_test_split(OmegaConf.create({"dataset": configured(n_patients=3, size=GRID)}))
