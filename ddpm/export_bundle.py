@@ -22,7 +22,7 @@ from errors import InputError, ProjectError, one_line, run_command
 _MAX_REPORT_BYTES = 1 << 28
 # Of the summary of a report; its table of patients is left out, since names would travel with the model.
 _SUMMARY = ("cases", "scores", "gains", "correlations", "chirality", "mirror", "cone", "retrieval", "diversity", "bars")
-_SAMPLING = ("split", "steps", "sampler", "guidance", "rescale", "seed", "samples")
+_SAMPLING = ("split", "told", "steps", "sampler", "guidance", "rescale", "seed", "samples")
 
 
 def read_report(path: Path, model: str, codec: str) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def read_report(path: Path, model: str, codec: str) -> dict[str, Any]:
         codec: content hash of its codec.
 
     Raises:
-        InputError: missing, damaged, no such report, or one of another model.
+        InputError: missing, damaged, no such report, one of another model, or of volumes that a classifier guided.
     """
     try:
         if path.stat().st_size > _MAX_REPORT_BYTES:
@@ -53,6 +53,11 @@ def read_report(path: Path, model: str, codec: str) -> dict[str, Any]:
         raise InputError(f"{path}: no report of evaluation/xray_to_ct.py ({reason}): give its report.json") from error
     if known != (model, codec):
         raise InputError(f"{path}: of another model: give the report of the checkpoint that is exported")
+    if "classifier" in settings:
+        raise InputError(
+            f"{path}: its volumes were guided by a classifier, and no bundle has one: give a report that was made "
+            "without --classifier"
+        )
     return kept | {"sampling": drawn}
 
 
@@ -77,14 +82,18 @@ def training_facts(checkpoint: dict[str, Any], run: Path, data: str | None) -> d
 
 
 def _patients(config: Any) -> dict[str, int]:
-    """Patients of the training and held out, as the configuration splits its data; {} where those are not there."""
+    """Patients of the training and held out, as the configuration splits its data; {} where those are not there.
+
+    That is no error, a model may be exported far from its data, but who exports it is told.
+    """
     from omegaconf.errors import OmegaConfBaseException
 
     from dataset.from_config import data_module  # imports Lightning, which --help need not wait for
 
     try:
         sources = data_module(config).sources
-    except (ProjectError, OmegaConfBaseException, AttributeError, TypeError):  # elsewhere, or an older configuration
+    except (ProjectError, OmegaConfBaseException, AttributeError, TypeError) as error:  # or an older configuration
+        print(f"the model card will not count patients: {one_line(error)}", file=sys.stderr)
         return {}
     counts = {split: len({source.patient for source in sources[split]}) for split in ("training", "validation")}
     return {"patients of the training": counts["training"], "patients held out from it": counts["validation"]}

@@ -85,12 +85,13 @@ def _measured(report: Mapping[str, Any] | None) -> list[str]:
     """Scores with 95 % intervals, beside their controls."""
     if report is None:
         return ["Nothing was measured: export with `--report report.json` of `evaluation/xray_to_ct.py`."]
-    training = report.get("sampling", {}).get("split") == "training"
-    who = "patients **of the training**" if training else "held-out patients"
+    sampling = report.get("sampling", {})
+    who = {"training": "patients **of the training**", "test": "patients of the test set"}
     rows = [
-        f"{report['cases']} {who}, mean [95 % interval]; a model that is to be believed beats the mean and the "
-        "regression.",
+        f"{report['cases']} {who.get(sampling.get('split'), 'held-out patients')}, mean [95 % interval]; a model that "
+        "is to be believed beats the mean and the regression.",
         "",
+        *_drawn(sampling),
         "| volume from | " + " | ".join(heading for _, heading, _ in _SCORES) + " |",
         "|---|" + "---|" * len(_SCORES),
     ]
@@ -101,9 +102,28 @@ def _measured(report: Mapping[str, Any] | None) -> list[str]:
         rows.append(f"| {_ROLES.get(role, role)} | {' | '.join(cells)} |")
     for bar in report.get("bars", ()):
         verdict = "passed" if bar["passed"] else "**missed**"
-        asked, low = f"{'at least' if bar['asked'] else 'above'} {bar['asked']:g}", _number(bar["low"], "{:.3f}")
-        rows += ["", f"Bar: {bar['bar']} {asked}; lower end {low}: {verdict}."]
+        asked, low = f"{'at least' if bar['asked'] else 'above'} {bar['asked']:g}", bar["low"]
+        # a number of patients has no interval
+        found = f"{low}" if isinstance(low, int) else f"lower end {_number(low, '{:.3f}')}"
+        rows += ["", f"Bar: {bar['bar']} {asked}; {found}: {verdict}."]
     return rows
+
+
+def _drawn(sampling: Mapping[str, Any]) -> list[str]:
+    """How the volumes were drawn, as far as the report says it, and an empty line."""
+    forms = {
+        "steps": "{} steps",
+        "sampler": "sampler {}",
+        "guidance": "guidance {:g}",
+        "rescale": "rescale {:g}",
+        "samples": "{} sample(s) of each X-ray",
+        "seed": "seed {}",
+    }
+    said = [form.format(sampling[name]) for name, form in forms.items() if name in sampling]
+    if (told := sampling.get("told")) is not None:
+        beside = " and ".join(name for name in told if name != "radiograph")
+        said.append(f"beside every X-ray the model was told the patient's own {beside}" if beside else "X-ray alone")
+    return [f"Volumes drawn with: {', '.join(said)}.", ""] if said else []
 
 
 def _interval(value: Mapping[str, Any], form: str) -> str:

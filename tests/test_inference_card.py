@@ -32,9 +32,14 @@ def test_patients_of_the_training_and_held_out_are_counted(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("gone", [{"name": "store", "root_dir": "/gone"}, {"name": "xray_ctpa", "csv": "/gone.csv"}])
-def test_data_that_are_elsewhere_are_not_counted(tmp_path: Path, gone: dict[str, str]) -> None:
+def test_data_that_are_elsewhere_are_not_counted_and_who_exports_is_told(
+    tmp_path: Path, gone: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     facts = training_facts({}, recorded(tmp_path, **gone), None)
     assert facts == {"dataset": gone["name"]}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "will not count patients" in line
+    assert "/gone" in line
 
 
 def test_the_card_says_whose_figures_they_are() -> None:
@@ -50,3 +55,18 @@ def test_the_card_says_whose_figures_they_are() -> None:
     ):
         assert words in shown
     assert "3 patients **of the training**" in "\n".join(_measured(report | {"sampling": {"split": "training"}}))
+    assert "3 patients of the test set" in "\n".join(_measured(report | {"sampling": {"split": "test"}}))
+
+
+def test_the_card_says_how_its_volumes_were_drawn() -> None:
+    few = {"bar": "patients evaluated", "low": 3, "asked": 64, "passed": False}
+    sampling = {"steps": 12, "sampler": "ddim", "guidance": 1.5, "rescale": 0.0, "samples": 4, "seed": 2}
+    report: dict[str, Any] = {"cases": 3, "scores": {}, "bars": [few], "sampling": sampling | {"told": ["radiograph"]}}
+    shown = "\n".join(_measured(report))
+    assert (
+        "Volumes drawn with: 12 steps, sampler ddim, guidance 1.5, rescale 0, 4 sample(s) of each X-ray, seed 2, X-ray "
+        "alone."
+    ) in shown
+    assert "Bar: patients evaluated at least 64; 3: **missed**." in shown
+    report["sampling"]["told"] += ["report", "label"]
+    assert "was told the patient's own report and label." in "\n".join(_measured(report))

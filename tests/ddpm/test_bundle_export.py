@@ -132,6 +132,9 @@ def test_the_card_tells_what_was_measured_and_names_no_patient(export: Export, r
     before = target.read_bytes()
     path.write_text(json.dumps(report("0" * 64, tiny_codec().content_hash)))
     assert_one_line_error(export(checkpoint, "--report", str(path), check=3), "report.json", "of another model")
+    guided = own | {"settings": own["settings"] | {"classifier": "0" * 64, "classifier_label": 1}}
+    path.write_text(json.dumps(guided))
+    assert_one_line_error(export(checkpoint, "--report", str(path), check=3), "report.json", "without --classifier")
     for text in ("{}", "[]", "not JSON", '{"settings": {}, "summary": 3}', "null"):
         path.write_text(text)
         assert_one_line_error(export(checkpoint, "--report", str(path), check=3), "report.json", "no report of")
