@@ -241,6 +241,12 @@ def test_a_run_trains_evaluates_and_is_compared(tmp_path):
     assert report["volumes"] == 4
     assert set(report["cases"]) == {f"phantom_{i:05d}" for i in range(4)}
     assert report["auroc"]["low"] <= report["auroc"]["estimate"] <= report["auroc"]["high"]
+    # a judge that knows one of these patients is refused, whichever of the two it is
+    leak = dict(content, trained_on=[*content["trained_on"], patient_hash("phantom_00002")])
+    save_checkpoint(tmp_path / "leak.ckpt", leak)
+    for flag in ("--compare", "--checkpoint"):
+        refused = run(EVALUATE, "--run", "a", flag, "leak.ckpt", tiny=False, cwd=tmp_path, check=3)
+        assert_one_line_error(refused, "leak.ckpt", "1 of 4 held-out patients", "phantom_00002")
     # again from the same checkpoint: the same scores
     run(EVALUATE, "--run", "a", "--output", "again.json", tiny=False, cwd=tmp_path)
     again = json.loads((tmp_path / "again.json").read_text())

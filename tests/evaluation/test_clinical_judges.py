@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from dataset.intensity import HUWindow
 from dataset.phantom import affine_of
 from ddpm.classifier.classifier import classifier_input, patient_hash
+from ddpm.classifier.evaluate_classifier import require_fit
 from ddpm.classifier.judge import Judge, plane_features
 from ddpm.classifier.network import ClassifierConfig, PEClassifier
 from errors import ConfigurationError, InputError
@@ -91,6 +94,27 @@ def test_judges_that_do_not_fit_are_refused(tmp_path):
         old.require_grid((16, 16, 16), affine)
     with pytest.raises(InputError, match="which patients"):
         old.require_unseen(["p1"])
+
+
+def test_each_judge_of_an_evaluation_must_fit_its_cases(tmp_path):
+    affine = affine_of((16, 16, 16), (10.0, 6.5, 6.5))
+    volumes = [SimpleNamespace(open=lambda: np.zeros((16, 16, 16)), affine=affine)]
+
+    def fits(name, config=SMALL, patients=("p1", "p2"), **options):
+        require_fit(Judge(saved_judge(tmp_path / name, config, **options)), volumes, patients, HUWindow())
+
+    fits("a.ckpt")
+    with pytest.raises(InputError, match=r"leak\.ckpt: was trained on 1 of 2 held-out patients, the first is p2"):
+        fits("leak.ckpt", trained_on=("p2", "p3"))
+    with pytest.raises(InputError, match=r"coarse\.ckpt: trained on voxels"):
+        fits("coarse.ckpt", replace(SMALL, spacing_low_mm=(2.0, 1.0, 1.0), spacing_high_mm=(2.0, 1.0, 1.0)))
+    with pytest.raises(ConfigurationError, match="HU window"):
+        fits("bone.ckpt", replace(SMALL, hu_max=500.0))
+    # a radiograph is on no grid and in no HU window
+    pictures = ClassifierConfig("xray", widths=(4, 8), xray_size=32, hu_max=500.0)
+    fits("x.ckpt", pictures)
+    with pytest.raises(InputError, match=r"seen\.ckpt: was trained on"):
+        fits("seen.ckpt", pictures, trained_on=("p1",))
 
 
 def test_a_judge_of_latents_takes_the_codec_it_was_trained_on(tmp_path):
