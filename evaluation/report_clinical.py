@@ -15,6 +15,12 @@ _ROLES = {
     "shuffled": "generated from another patient's X-ray",
     "xray": "the X-ray alone",
 }
+_PARTS = ("body", "lungs", "heart", "vessels")
+_AGAINST = {"phantom": "the phantom's known masks", "scan": "the segmentation of the scan"}
+_INCONCLUSIVE = (
+    "INCONCLUSIVE: the classifier does not tell embolisms in the scans themselves, so its word on the other volumes "
+    "means nothing."
+)
 _SURVIVAL = ("emboli", "patients", "survived, % [95 % interval]", "contrast kept, %")
 
 
@@ -30,7 +36,9 @@ def clinical_tables(result: Result) -> str:
         rows.append([_role(role), estimate(area, "{:.3f}"), brier, distance])
     features = mapping(summary, "frechet").get("features")
     name = f"Fréchet distance ({features})" if isinstance(features, str) else "Fréchet distance"
-    parts = [
+    # what does not say that it is conclusive is not
+    parts = [] if summary.get("conclusive") is True else [f'<p class="warning">{_INCONCLUSIVE}</p>']
+    parts += [
         table(
             ["what the classifier sees", "AUROC", "Brier score", name],
             rows,
@@ -50,6 +58,13 @@ def clinical_tables(result: Result) -> str:
     if compared:
         caption = "Differences of AUROC on the same patients (DeLong, p not corrected for their number)"
         parts.append(table(["compared", "difference [95 % interval]", "p"], compared, caption))
+    for reference, roles in mapping(summary, "dice").items():
+        overlap = [
+            [_role(role), *(estimate(mapping(parts_of).get(part), "{:.3f}") for part in _PARTS)]
+            for role, parts_of in mapping(roles).items()
+        ]
+        against = _AGAINST.get(reference, str(reference))
+        parts.append(table(["volume", *_PARTS], overlap, f"Dice with {against} [95 % interval]"))
     survival = mapping(summary, "lesions", "survival")
     lesions = [
         [f"{_role(role)}, {group}", *_lesion_cells(values)]

@@ -32,6 +32,8 @@ _PARTS = (
     ("report.json", ("summary", "scores"), "generation"),
     ("report.json", ("summary", "auroc"), "clinical"),
     ("lesion_survival.json", ("survival",), "lesions"),
+    ("sampler_table.json", ("verdicts",), "samplers"),
+    ("samplers.json", ("verdicts",), "samplers"),
 )
 
 

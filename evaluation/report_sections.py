@@ -12,12 +12,14 @@ from evaluation.report_collect import Found, Result, mapping
 from evaluation.report_curves import training_curves
 from evaluation.report_page import TITLE, Volumes, page, viewer
 from evaluation.report_pictures import histogram, planes, radiographs
+from evaluation.report_samplers import sampler_tables
 from evaluation.report_tables import (
     case_table,
     codec_table,
     estimate,
     generation_tables,
     plain,
+    who,
 )
 
 _HOW = {
@@ -26,6 +28,7 @@ _HOW = {
     "table of reconstructions": "python evaluation/reconstruct.py --run DIR",
     "table of generated volumes": "python evaluation/xray_to_ct.py --run DIR2",
     "diversity of samples": "python evaluation/xray_to_ct.py --run DIR2 --output DIR3 --samples 4",
+    "comparison of samplers": "python evaluation/sampler_table.py --run DIR2",
     "evaluation of embolism": "python ddpm/classifier/train_classifier.py output_dir=DIR4, then "
     "python evaluation/clinical.py --run DIR2 --classifier DIR4/checkpoints/final.ckpt",
     "survival of emboli in the codec": "python evaluation/lesion_survival.py --checkpoint DIR/checkpoints/final.ckpt",
@@ -101,9 +104,8 @@ def _summary(found: Found) -> str:
     for result in generated:
         summary = mapping(result.content, "summary")
         patients = plain(summary.get("cases"), "{:.0f}")
-        training = mapping(result.content, "settings").get("split") == "training"
-        who = f"{patients} {'patients of the training' if training else 'held-out patients'}"
-        figures = {f"PSNR in the body, generated for {who}": ("{:.2f}", "scores", "right")}
+        whom = f"{patients} {who(mapping(result.content, 'settings'))}"
+        figures = {f"PSNR in the body, generated for {whom}": ("{:.2f}", "scores", "right")}
         for control, text in (
             ("shuffled", "gain of the own X-ray over another patient's"),
             ("mean", "gain over the mean of the training volumes"),
@@ -132,6 +134,7 @@ def _results(found: Found) -> str:
     parts: list[tuple[str, Callable[..., str]]] = [
         ("generation", generation_tables),
         ("codec_metrics", codec_table),
+        ("samplers", sampler_tables),
         ("clinical", clinical_tables),
         ("lesions", lesion_table),
     ]
@@ -147,6 +150,7 @@ def _missing(found: Found, pictures: bool) -> str:
         "diversity of samples": not any(
             mapping(result.content, "summary", "diversity") for result in found.results.get("generation", ())
         ),
+        "comparison of samplers": not found.results.get("samplers"),
         "evaluation of embolism": not found.results.get("clinical"),
         "survival of emboli in the codec": not found.results.get("lesions"),
         "pictures": not pictures,

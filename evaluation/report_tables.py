@@ -112,7 +112,7 @@ def codec_table(result: Result) -> str:
         plain(content.get("code_perplexity"), "{:.0f}"),
     )
     caption = (
-        f"Reconstruction of held-out volumes ({result.name}), "
+        f"Reconstruction of {'test' if content.get('split') == 'test' else 'held-out'} volumes ({result.name}), "
         f"range {plain(content.get('data_range_hu'), '{:.0f}')} HU; codes in use {usage} %, perplexity {perplexity}"
     )
     return table(["volume", *(heading for _, heading, _ in IMAGE_COLUMNS)], cells, caption)
@@ -121,9 +121,7 @@ def codec_table(result: Result) -> str:
 def generation_tables(result: Result) -> str:
     """All of the summary of ``evaluation/xray_to_ct.py``."""
     summary = mapping(result.content, "summary")
-    patients = plain(summary.get("cases"), "{:.0f}")
-    training = mapping(result.content, "settings").get("split") == "training"
-    who = "patients OF THE TRAINING, which the model has seen" if training else "held-out patients"
+    patients, settings = plain(summary.get("cases"), "{:.0f}"), mapping(result.content, "settings")
     compared = [score for score in SCORES if score[0] != "bias_hu"]  # no volume has more of a signed error
 
     def rows_of(part: str, columns: Sequence[tuple[str, str, str]]) -> list[list[str]]:
@@ -136,7 +134,7 @@ def generation_tables(result: Result) -> str:
         table(
             ["volume made from", *(heading for _, heading, _ in SCORES)],
             rows_of("scores", SCORES),
-            f"{result.name}: {patients} {who}; mean [95 % bootstrap interval over patients]",
+            f"{result.name}: {patients} {who(settings)}{_told(settings)}; mean [95 % bootstrap interval over patients]",
         ),
         table(
             ["over", *(heading for _, heading, _ in compared)],
@@ -153,6 +151,23 @@ def generation_tables(result: Result) -> str:
     parts.append(_other_figures(summary))
     parts.append(_bars(summary))
     return "".join(parts)
+
+
+def who(settings: Mapping[str, Any]) -> str:
+    """The patients of an evaluation of ``evaluation/xray_to_ct.py``."""
+    named = {"training": "patients OF THE TRAINING, which the model has seen", "test": "patients of the test set"}
+    return named.get(str(settings.get("split")), "held-out patients")
+
+
+def _told(settings: Mapping[str, Any]) -> str:
+    """What the model knew of each patient, as the rest of a sentence; empty where an evaluation does not say it."""
+    told = settings.get("told")
+    if not isinstance(told, list):
+        return ""
+    beside = [str(name) for name in told if name != "radiograph"]
+    if beside:
+        return f"; beside every X-ray the model is told the patient's own {' and '.join(beside)}"
+    return "; the model is told the X-ray alone"
 
 
 def _other_figures(summary: Mapping[str, Any]) -> str:
@@ -179,11 +194,15 @@ def _bars(summary: Mapping[str, Any]) -> str:
     rows = [
         [
             str(bar.get("bar", "")),
-            plain(bar.get("low"), "{:.3f}"),
+            plain(bar.get("low"), "{:.0f}" if isinstance(bar.get("low"), int) else "{:.3f}"),
             plain(bar.get("asked"), "{:g}"),
             "passed" if bar.get("passed") is True else "missed",
         ]
         for bar in (bars if isinstance(bars, list) else [])
         if isinstance(bar, Mapping)
     ]
-    return table(["bar", "lower end of the interval", "asked", "result"], rows, "The project's bars") if rows else ""
+    return (
+        table(["bar", "lower end of the interval, or number", "asked", "result"], rows, "The project's bars")
+        if rows
+        else ""
+    )

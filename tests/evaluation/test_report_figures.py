@@ -18,9 +18,11 @@ from evaluation import report_sections
 from evaluation.report_cases import _sampling
 from evaluation.report_charts import Line, _ticks, line_chart
 from evaluation.report_clinical import clinical_tables, lesion_table
-from evaluation.report_collect import Found, Result, mapping, number
+from evaluation.report_collect import Found, Result, collect, mapping, number
 from evaluation.report_pictures import MAX_VOXELS, data_uri, embedded_nifti, projection, radiographs
+from evaluation.report_samplers import sampler_tables
 from evaluation.report_tables import codec_table, estimate, generation_tables, plain
+from evaluation.sampler_verdict import judge
 from tests.evaluation.report_material import (
     BLOCK,
     HOSTILE,
@@ -29,6 +31,7 @@ from tests.evaluation.report_material import (
     write_codec_metrics,
     write_generation,
 )
+from tests.evaluation.test_sampler_verdict import row
 
 
 @given(low=st.floats(-1e20, 1e20), span=st.floats(0, 1e20))
@@ -86,6 +89,15 @@ def test_tables_hold_the_figures_of_the_files(tmp_path):
         assert text in html
     seen = json.loads(write_generation(tmp_path, split="training").read_text())
     assert "4 patients OF THE TRAINING" in generation_tables(Result("evaluation", tmp_path, seen))
+    assert "model is told" not in html  # an evaluation that does not say it
+    told = json.loads(write_generation(tmp_path, split="test", told=["radiograph"]).read_text())
+    html = generation_tables(Result("evaluation", tmp_path, told))
+    assert "4 patients of the test set; the model is told the X-ray alone;" in html
+    told["settings"]["told"] += ["report", "label"]
+    told["summary"]["bars"].append({"bar": "patients evaluated", "low": 4, "asked": 64, "passed": False})
+    html = generation_tables(Result("evaluation", tmp_path, told))
+    assert "told the patient&#x27;s own report and label" in html
+    assert "<td>4</td><td>64</td><td>missed</td>" in html
     html = codec_table(Result("codec", tmp_path, json.loads(write_codec_metrics(tmp_path).read_text())))
     for text in ("31.25", "-1.0", "mean of 1", "50.0 %", "perplexity 100", "2000 HU"):
         assert text in html
@@ -94,7 +106,11 @@ def test_tables_hold_the_figures_of_the_files(tmp_path):
         "with_embolism": 12,
         "auroc": {"real": {"estimate": 0.875, "low": 0.75, "high": 1.0}},
         "delong": [{"first": "real", "second": "xray", "difference": {"estimate": 0.25}, "p_value": 0.0125}],
+        "dice": {
+            "scan": {"generated": {"body": {"estimate": 0.97}, "vessels": {"estimate": 0.4, "low": 0.3, "high": 1}}}
+        },
         "lesions": {"survival": {"codec": {"all": {"lesions": 7, "survived": {"estimate": 0.5}, "kept": 0.25}}}},
+        "conclusive": True,
     }
     html = clinical_tables(Result("clinical", tmp_path, {"summary": summary}))
     for text in (
@@ -104,12 +120,35 @@ def test_tables_hold_the_figures_of_the_files(tmp_path):
         "+0.250",
         "0.0125",
         "after the codec, all",
+        "Dice with the segmentation of the scan",
+        "<td>0.970</td><td>–</td><td>–</td><td>0.400 [0.300, 1.000]</td>",
     ):
         assert text in html
+    assert "INCONCLUSIVE" not in html
+    for verdict in ({"conclusive": False}, {"conclusive": "yes"}):
+        html = clinical_tables(Result("clinical", tmp_path, {"summary": summary | verdict}))
+        assert html.index("INCONCLUSIVE") < html.index("<table")
     lesions = {"survival": {"6-10 mm": {"lesions": 9, "patients": 4, "survived": {"estimate": 1 / 3}, "kept": 0.5}}}
     html = lesion_table(Result("lesions", tmp_path, lesions))
     assert "6-10 mm" in html
     assert "<td>33</td><td>50</td>" in html
+
+
+def test_the_table_of_samplers_with_its_verdicts(tmp_path):
+    rows = [row(10), row(250), row(10, sampler="heun"), row(0, 25.5, sampler="codec")]
+    content = {"cases": 24, "features": "3-D, <the codec>", "split": "test", "rows": rows, "verdicts": judge(rows)}
+    (tmp_path / "samplers.json").write_text(json.dumps(content))
+    (tmp_path / "interrupted").mkdir()
+    (tmp_path / "interrupted" / "samplers.json").write_text(json.dumps(content | {"verdicts": {}}))
+    (result,) = collect([tmp_path]).results["samplers"]
+    html = sampler_tables(result)
+    for text in (
+        "24 patients of the test set", "3-D, &lt;the codec&gt;", "ddim, 250", "the true codes, decoded", "25.50",
+        "1 [0.9, 1.1]", "10 against 250", "<td>1.000</td><td>1.000 [1.000, 1.000]</td><td>as good</td>",
+        "no verdict, no run of 250 steps",
+    ):  # fmt: skip
+        assert text in html, text
+    assert sampler_tables(Result("", tmp_path, {"rows": [1, {}], "verdicts": {"a": 1, "b": {"candidates": [1, {}]}}}))
 
 
 _KEYS = [
