@@ -162,7 +162,14 @@ def test_figures_of_a_model_that_is_right(cohort):
     assert report["correlations"]["right"]["body_ml"]["estimate"] > 0.99
     # whether projections of five phantoms differ by 0.05 is up to them
     missed = {bar["bar"] for bar in report["bars"] if not bar["passed"]}
-    assert missed <= {"NCC of projections in the body: gain over shuffled"}
+    assert missed <= {"patients evaluated", "NCC of projections in the body: gain over shuffled"}
+
+
+def test_five_patients_are_too_few_for_the_bars(cohort):
+    few = summarise(cohort, resamples=5)["bars"][0]
+    assert few == {"bar": "patients evaluated", "low": 5, "asked": 64, "passed": False}
+    enough = summarise((13 * cohort)[:64], resamples=5)["bars"][0]
+    assert enough == few | {"low": 64, "passed": True}
 
 
 def test_the_side_must_follow_a_mirrored_radiograph():
