@@ -7,22 +7,20 @@ with, would carry the diagnosis past the radiograph.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from dataset.geometry import spacing_mm
 from dataset.phantom import Phantom
 from dataset.sources import PhantomSource, VolumeSource
 from ddpm.classifier.judge import Judge
-from ddpm.conditions import UNKNOWN_LABEL, ConditionBatch
 from ddpm.patient import joined
 from errors import InputError
-from evaluation.held_out import HeldOut, Sampling, conditions_of, with_xrays_of
+from evaluation.held_out import HeldOut, Sampling, with_xrays_of
 from evaluation.metrics.anatomy import Segmentation, dice, segment
 from evaluation.metrics.frechet import PlaneFeatures
 from evaluation.metrics.lesions import find_lesions
@@ -58,11 +56,6 @@ class Drawn:
     affine: np.ndarray
 
 
-def radiograph_alone(batch: ConditionBatch) -> ConditionBatch:
-    """The same radiographs of patients of whom neither label nor report is known."""
-    return replace(batch, label=torch.full_like(batch.label, UNKNOWN_LABEL), text=("",) * len(batch.text))
-
-
 def draw_case(held_out: HeldOut, number: int, other: int, sampling: Sampling) -> Drawn:
     """Scan, codec's reconstruction, and volumes from the own and from another's radiograph with the same noise.
 
@@ -81,8 +74,8 @@ def draw_case(held_out: HeldOut, number: int, other: int, sampling: Sampling) ->
             raise InputError(f"{name}: {reason}")
     codec = held_out.generator.codec
     padded = tuple(sample["hu"].shape[1:])  # to the codec's stride, at the far ends
-    own = radiograph_alone(conditions_of(sample))
-    shuffled = with_xrays_of(own, conditions_of(stranger))
+    own = held_out.conditions(sample)
+    shuffled = with_xrays_of(own, held_out.conditions(stranger))
     drawn = sampling.draw(held_out.generator, joined([own, shuffled]), padded, number)[:, 0]  # (2, D, H, W)
     through = codec.decode(sample["code"][None].to(held_out.generator.device))[0, 0].cpu().numpy()
     volumes = {

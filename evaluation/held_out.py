@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from dataset.from_config import run_config
+from dataset.from_config import run_config, sources_of_test_split
 from dataset.geometry import crop_or_pad
 from dataset.xray import load_xray
 from dataset.xray_drr import read_info, read_line_integrals
@@ -29,7 +29,9 @@ from errors import ConfigurationError, InputError
 from evaluation.metrics.linear import RidgeWeights
 from evaluation.metrics.projection import cone_ncc
 
-Split = Literal["validation", "training"]
+Split = Literal["validation", "training", "test"]
+# What a model may be told of a patient beside the radiograph, if it was trained with that.
+TELLABLE = ("report", "label")
 # Beyond [-1, 1] a cell lies outside the picture (see `ConditionBatch.ray_grid`).
 _OUTSIDE = 2.0
 # Voxels of a volume, evenly spaced, by which the penalty of the linear control is chosen.
@@ -155,8 +157,10 @@ class HeldOut:
         data: of the run, built.
         checkpoint: file of the model.
         digest: SHA-256 of that file.
-        split: ``validation``, patients that the model has not seen, or ``training``, to see what it remembers.
+        split: ``validation`` or ``test``, patients that the model has not seen, or ``training``, to see what it
+            remembers.
         limit: at most so many patients; None for all.
+        tell: of `TELLABLE`, what the model is told beside the radiograph.
     """
 
     generator: Generator
@@ -165,6 +169,11 @@ class HeldOut:
     digest: str
     split: Split = "validation"
     limit: int | None = None
+    tell: tuple[str, ...] = ()
+
+    def conditions(self, sample: dict[str, Any]) -> ConditionBatch:
+        """What the model is told of one patient, as a batch of one; the sample is of `cases`."""
+        return told(condition_batch(collate_latents([sample])), self.tell)
 
     @cached_property
     def cases(self) -> LatentDataset:
@@ -210,6 +219,7 @@ def open_run(
     cases: int | None,
     device: str,
     split: Split = "validation",
+    tell: Collection[str] = (),
 ) -> HeldOut:
     """Load a run's model and build its data.
 
@@ -220,10 +230,11 @@ def open_run(
         cases: at most so many patients; None for all.
         device: where to compute, as `ddpm.device.chosen_device` gives it.
         split: whom to evaluate.
+        tell: of `TELLABLE`, what the model is told beside the radiograph.
 
     Raises:
-        InputError: no such run, or a checkpoint or data cannot be read.
-        ConfigurationError: a number of cases below 1.
+        InputError: no such run, a checkpoint or data cannot be read, or the cohort has no test patients.
+        ConfigurationError: a number of cases below 1, or the model was trained without what it is to be told.
     """
     config = run_config(run)
     if cases is not None and cases < 1:
@@ -234,17 +245,26 @@ def open_run(
         )
     path = checkpoint or run / "checkpoints" / "final.ckpt"
     generator = load_ddpm(path, codec, device)
+    conditioner = generator.network.config.conditioner
+    heard = {"report": conditioner.text != "none", "label": conditioner.label}
+    if unheard := [name for name in tell if not heard[name]]:
+        raise ConfigurationError(f"--tell {unheard[0]}: {path} was trained without it: leave it")
     config.validation.cases = cases or 1_000_000
     data = latent_data_module(config, generator.codec, generator.network.config.statistics)
+    if split == "test":
+        data.sources["validation"] = sources_of_test_split(config)
     data.build(0, 1)
+    if split == "test":
+        data.datasets["test"] = data.datasets.pop("validation")
     with path.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    return HeldOut(generator, data, path, digest, split, cases)
+    return HeldOut(generator, data, path, digest, split, cases, tuple(name for name in TELLABLE if name in tell))
 
 
-def conditions_of(sample: dict[str, Any]) -> ConditionBatch:
-    """What is known of one patient, as a batch of one."""
-    return condition_batch(collate_latents([sample]))
+def told(batch: ConditionBatch, tell: Collection[str] = ()) -> ConditionBatch:
+    """The same radiographs; report and label, which carry the diagnosis past them, only where ``tell`` names them."""
+    label = batch.label if "label" in tell else torch.full_like(batch.label, UNKNOWN_LABEL)
+    return replace(batch, label=label, text=batch.text if "report" in tell else ("",) * len(batch.text))
 
 
 def with_xrays_of(batch: ConditionBatch, other: ConditionBatch) -> ConditionBatch:

@@ -1,6 +1,7 @@
 """Encode and decode the held-out volumes of a training run, and say in figures and pictures what came back.
 
 python evaluation/reconstruct.py --run outputs
+python evaluation/reconstruct.py --run outputs --split test
 """
 
 from __future__ import annotations
@@ -105,7 +106,15 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="output_dir of a training run")
     parser.add_argument("--checkpoint", type=Path, help="checkpoint (default: final.ckpt of the run)")
-    parser.add_argument("--output", type=Path, help="folder for results (default: sample_reconstructions in the run)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for results (default: sample_reconstructions, or test_reconstructions, in the run)",
+    )
+    parser.add_argument(
+        "--split", choices=("validation", "test"), default="validation",
+        help="held-out volumes, or those of the cohort's test patients, if it has any (default: validation)",
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", help=DEVICE_HELP)
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser.parse_args()
@@ -113,16 +122,23 @@ def parse_arguments() -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace) -> int:
     """Evaluate a run; exit 1 if it was a demo and missed its threshold."""
-    from dataset.from_config import data_module, run_config  # imports Lightning, which --help need not wait for
+    from dataset.from_config import (  # imports Lightning, which --help need not wait for
+        data_module,
+        run_config,
+        sources_of_test_split,
+    )
 
     config = run_config(arguments.run)
     device = chosen_device(arguments.device)
     codec, window = load_codec(arguments.checkpoint or arguments.run / "checkpoints" / "final.ckpt", device)
     data = data_module(config)
+    if arguments.split == "test":
+        data.sources["validation"] = sources_of_test_split(config)
     data.build(0, 1)
-    output = arguments.output or arguments.run / "sample_reconstructions"
+    folder = "test_reconstructions" if arguments.split == "test" else "sample_reconstructions"
+    output = arguments.output or arguments.run / folder
     report = evaluate(data.datasets["validation"].volumes, codec, window, output)
-    write_record(output / "metrics.json", report)
+    write_record(output / "metrics.json", report | {"split": arguments.split})
     print_table(report)
     print(f"pictures, volumes and metrics: {output}")
     if (threshold := OmegaConf.select(config, "demo.min_psnr_db")) is not None:

@@ -102,15 +102,18 @@ def cases_of(found: Found, count: int, device: str, chosen: Chosen) -> Iterator[
 def _diffusion_cases(
     run: TrainingRun, results: list[Result], count: int, device: str, chosen: Chosen
 ) -> Iterator[ReportCase]:
-    from evaluation.held_out import Sampling, conditions_of, open_run  # imports Lightning, as the data below
+    from evaluation.held_out import Sampling, open_run  # imports Lightning, as the data below
 
-    held_out = open_run(run.folder, None, None, count, device)
-    drawn = [_settings(result) for result in results if _settings(result).get("model") == held_out.digest]
+    digest = _digest(run.final)
+    drawn = [_settings(result) for result in results if _settings(result).get("model") == digest]
     sampling = Sampling(**_sampling(drawn[-1])) if drawn else Sampling()
+    test = bool(drawn) and drawn[-1].get("split") == "test"
+    held_out = open_run(run.folder, None, None, count, device, "test" if test else "validation")
     chosen.sentence = (
-        f"The first held-out patients of the run {run.name}, in the order of the split and not picked by result. "
+        f"The first {'test' if test else 'held-out'} patients of the run {run.name}, in the order of the split and not "
+        "picked by result. "
         f"Generated in {sampling.steps} steps of {sampling.sampler}, guidance {sampling.guidance:g}, "
-        f"seed {sampling.seed}."
+        f"seed {sampling.seed}; the model is told the X-ray alone."
     )
     generator, dataset = held_out.generator, held_out.cases
     window = generator.codec.window
@@ -122,7 +125,7 @@ def _diffusion_cases(
             continue
         shape = tuple(sample["hu"].shape[1:])
         d, h, w = shape
-        generated = sampling.draw(generator, conditions_of(sample), shape, index)[0, 0]
+        generated = sampling.draw(generator, held_out.conditions(sample), shape, index)[0, 0]
         code = sample["code"][None].to(generator.device)
         decoded = generator.codec.decode(code)[0, 0, :d, :h, :w].cpu().numpy()
         shown = zip(dataset.settings.views, sample["xray"].numpy()[:, 0], sample["xray_present"].tolist(), strict=True)

@@ -112,11 +112,10 @@ def measure(held_out: HeldOut, volume_of: VolumeOf, features: Features, resample
 
 def measure_sampler(held_out: HeldOut, sampling: Sampling, features: Features, resamples: int) -> dict[str, Any]:
     """The row of a sampler and number of steps; see `measure`."""
-    from evaluation.held_out import conditions_of
 
     def volume_of(number: int, sample: dict[str, Any]) -> np.ndarray:
         shape = tuple(sample["hu"].shape[1:])
-        return sampling.draw(held_out.generator, conditions_of(sample), shape, number)[0, 0]
+        return sampling.draw(held_out.generator, held_out.conditions(sample), shape, number)[0, 0]
 
     row = measure(held_out, volume_of, features, resamples)
     return {"sampler": sampling.sampler, "steps": sampling.steps, **row}
@@ -179,6 +178,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--codec", type=Path, help="checkpoint of the VQ-GAN (default: the run's copy)")
     parser.add_argument("--output", type=Path, help="JSON file (default: sampler_table.json in the run)")
     parser.add_argument("--cases", type=int, default=64, help="held-out patients, 2 or more (default: 64)")
+    parser.add_argument(
+        "--split", choices=("validation", "test"), default="validation",
+        help="held-out patients, or those of the test set, if the cohort has one (default: validation)",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help="(default: 5 10 20 50 250)")
     parser.add_argument("--samplers", nargs="+", help="(default: all)")
     parser.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance, 1 is off (default: 1)")
@@ -212,11 +215,13 @@ def main(arguments: argparse.Namespace) -> int:
     samplers, device = a.samplers or list(SAMPLERS), chosen_device(a.device)
     for sampler in samplers:
         sampler_by_name(sampler)
-    held_out = open_run(a.run, a.checkpoint, a.codec, a.cases, device)
+    held_out = open_run(a.run, a.checkpoint, a.codec, a.cases, device, a.split)
     features = features_by(held_out, a.features, a.classifier, device)
     report: dict[str, Any] = {
         "model": held_out.digest,
         "cases": len(held_out.cases),
+        "split": held_out.split,
+        "told": ["radiograph", *held_out.tell],
         "features": features.name,
         "guidance": a.guidance,
         "seed": a.seed,

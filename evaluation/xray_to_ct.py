@@ -5,9 +5,10 @@ python evaluation/xray_to_ct.py --run outputs_ddpm --cases 64
 For each held-out patient volumes are drawn from the own radiograph, another patient's, none and the mirrored one, with
 the same noise, and compared with the CT; beside them stand the mean of the training volumes, what a linear regression
 on the training patients makes of the radiograph, and what the codec makes of the CT itself. Of each volume it is asked,
-too, whether its patient's CT is the nearest of all. With --split training the mean and the regression are left out:
-they were fitted on the very patients. A run that was interrupted goes on where it stopped when the same command is
-given again.
+too, whether its patient's CT is the nearest of all. The model is told the radiograph alone: a report or a label, which
+some are trained with, would carry the answer past it (--tell names what it is told nevertheless). With --split training
+the mean and the regression are left out: they were fitted on the very patients. A run that was interrupted goes on
+where it stopped when the same command is given again.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from ddpm.device import DEVICE_HELP, chosen_device
 from errors import ConfigurationError, ExitCode, InputError, run_command
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
 
     from evaluation.held_out import Guide, HeldOut, Sampling
@@ -36,6 +39,11 @@ SCORES = (
     ("drr_ncc", "NCC of DRR", "{:.4f}"),
     ("drr_ncc_body", "NCC in body", "{:.4f}"),
 )
+WHO = {
+    "validation": "held-out patients",
+    "training": "patients of the training, which the model has seen",
+    "test": "patients of the test set",
+}
 
 
 def evaluate_case(
@@ -58,18 +66,18 @@ def evaluate_case(
         InputError: the patient, or the other one, cannot be read.
     """
     from ddpm.patient import joined
-    from evaluation.held_out import conditions_of, mirrored, with_xrays_of, without_conditions
+    from evaluation.held_out import mirrored, with_xrays_of, without_conditions
 
     sample, stranger = held_out.cases[number], held_out.cases[other]
     for entry in (sample, stranger):
         for name, reason in entry["skipped"]:
             raise InputError(f"{name}: {reason}")
-    batch, shape = conditions_of(sample), tuple(sample["hu"].shape[1:])
+    batch, shape = held_out.conditions(sample), tuple(sample["hu"].shape[1:])
     window = held_out.generator.codec.window
     own = sampling.draw(held_out.generator, batch, shape, number, samples, guide)[0]
-    controls = [with_xrays_of(batch, conditions_of(stranger)), without_conditions(batch), mirrored(batch)]
-    told = joined(controls)
-    shuffled, unconditional, mirror = sampling.draw(held_out.generator, told, shape, number, guide=guide)[:, 0]
+    controls = [with_xrays_of(batch, held_out.conditions(stranger)), without_conditions(batch), mirrored(batch)]
+    drawn = sampling.draw(held_out.generator, joined(controls), shape, number, guide=guide)
+    shuffled, unconditional, mirror = drawn[:, 0]
     d, h, w = shape
     codec = held_out.generator.codec.decode(sample["code"][None].to(held_out.generator.device))
     return {
@@ -111,7 +119,7 @@ def evaluate(
     failed: dict[str, str] = {}
     window = held_out.generator.codec.window
     # crops of different places have no mean; and of patients of the training it has seen the answer
-    controls = held_out.cases.settings.crop_dhw is None and held_out.split == "validation"
+    controls = held_out.cases.settings.crop_dhw is None and held_out.split != "training"
     for number, name in enumerate(names):
         record, arrays = (output / "cases" / f"{name}.{kind}" for kind in ("json", "npz"))
         picture = output / f"{name}.png"
@@ -155,12 +163,11 @@ def evaluate(
     return results, failed
 
 
-def print_report(report: dict[str, Any], split: str = "validation") -> None:
+def print_report(report: dict[str, Any], split: str, told: Sequence[str]) -> None:
     """Scores, gains, correlations and bars as tables."""
     from evaluation.metrics.generation import GAINS
 
-    who = "held-out patients" if split == "validation" else "patients of the training, which the model has seen"
-    print(f"\n{report['cases']} {who}; mean [95 % interval]")
+    print(f"\n{report['cases']} {WHO[split]}; the model is told: {', '.join(told)}; mean [95 % interval]")
     print("  ".join(["volume".ljust(14), *(heading.rjust(22) for _, heading, _ in SCORES)]))
     for role, scores in report["scores"].items():
         print("  ".join([role.ljust(14), *(_cell(scores[key], form).rjust(22) for key, _, form in SCORES)]))
@@ -185,7 +192,7 @@ def print_report(report: dict[str, Any], split: str = "validation") -> None:
         print(f"(retrieval: by chance the own CT is the nearest in {1 / report['retrieval']['rank']['n']:.1%})")
     print()
     for bar in report["bars"]:
-        print(f"{'passed' if bar['passed'] else 'MISSED'}  {bar['bar']}: {bar['low']:.3f}, {_asked(bar)}")
+        print(f"{'passed' if bar['passed'] else 'MISSED'}  {bar['bar']}: {_found(bar)}, {_asked(bar)}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -197,8 +204,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder for results (default: xray_to_ct in the run)")
     parser.add_argument("--cases", type=int, help="at most so many patients (default: all)")
     parser.add_argument(
-        "--split", choices=("validation", "training"), default="validation",
-        help="held-out patients, or those of the training, to see what the model remembers (default: validation)",
+        "--split", choices=tuple(WHO), default="validation",
+        help="held-out patients, those of the test set, if the cohort has one, or those of the training, to see what "
+        "the model remembers (default: validation)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tell", nargs="+", choices=("report", "label"), default=[],
+        help="what the model is told of a patient beside the radiograph (default: nothing)",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, default=20, help="of the sampler (default: 20)")
     parser.add_argument("--sampler", default="dpm_solver_pp_2m", help="(default: dpm_solver_pp_2m)")
@@ -230,7 +242,7 @@ def main(arguments: argparse.Namespace) -> int:
     from evaluation.records import claim, write_record
 
     a = arguments
-    held_out = open_run(a.run, a.checkpoint, a.codec, a.cases, chosen_device(a.device), a.split)
+    held_out = open_run(a.run, a.checkpoint, a.codec, a.cases, chosen_device(a.device), a.split, a.tell)
     sampling = Sampling(arguments.steps, arguments.sampler, arguments.guidance, arguments.rescale, seed=arguments.seed)
     output = arguments.output or arguments.run / "xray_to_ct"
     settings = {
@@ -238,6 +250,7 @@ def main(arguments: argparse.Namespace) -> int:
         "codec": held_out.generator.codec.content_hash,
         "cases": [case.name for case in held_out.cases.cases],
         "split": arguments.split,
+        "told": ["radiograph", *held_out.tell],
         "samples": arguments.samples,
         **vars(sampling),
     }
@@ -253,7 +266,7 @@ def main(arguments: argparse.Namespace) -> int:
     write_record(
         output / "report.json", {"settings": settings, "summary": report, "patients": results, "failed": failed}
     )
-    print_report(report, arguments.split)
+    print_report(report, arguments.split, settings["told"])
     print(f"report and pictures: {output}")
     for name, reason in failed.items():
         print(f"left out {name}: {reason}", file=sys.stderr)
@@ -265,6 +278,10 @@ def _panel(drawn: dict[str, Any]) -> np.ndarray:
     from ddpm.panel import sample_panel
 
     return sample_panel(drawn["xrays"], drawn["hu"], drawn["volumes"]["right"], spacing_mm(drawn["affine"]))
+
+
+def _found(bar: dict[str, Any]) -> str:
+    return f"{bar['low']}" if isinstance(bar["low"], int) else f"{bar['low']:.3f}"  # a number of patients, or a figure
 
 
 def _asked(bar: dict[str, Any]) -> str:

@@ -21,8 +21,8 @@ from evaluation.clinical_case import (
     lesions_of,
     overlaps,
     phantom_of,
-    radiograph_alone,
 )
+from evaluation.held_out import HeldOut, told
 from tests.ddpm.tiny import tiny_codec
 
 SIZE, SPACING = (32, 64, 64), (10.0, 6.5, 6.5)
@@ -46,7 +46,7 @@ def conditions(label, text, seed):
 
 def test_a_label_and_a_report_do_not_carry_the_diagnosis():
     batch = conditions(1, "large saddle embolus", 0)
-    alone = radiograph_alone(batch)
+    alone = told(batch)
     assert alone.label.tolist() == [UNKNOWN_LABEL]
     assert alone.text == ("",)
     assert torch.equal(alone.xray, batch.xray)
@@ -76,7 +76,8 @@ def test_volumes_are_drawn_from_radiographs_alone_and_cut_to_the_scan():
         return np.stack([np.full((1, *shape), value, np.float32) for value in (1.0, 2.0)])
 
     cases = Cases([sample(0), sample(1)])
-    held_out = SimpleNamespace(cases=cases, generator=SimpleNamespace(codec=codec, device=torch.device("cpu")))
+    held_out = HeldOut(SimpleNamespace(codec=codec, device=torch.device("cpu")), None, Path(), "")
+    held_out.__dict__["cases"] = cases
     drawn = draw_case(held_out, 1, 0, SimpleNamespace(draw=draw))
     assert asked["batch"].label.tolist() == [UNKNOWN_LABEL] * 2
     assert asked["batch"].text == ("", "")
