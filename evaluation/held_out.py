@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from dataset.from_config import run_config, sources_of_test_split
 from dataset.geometry import crop_or_pad
+from dataset.projection import VIEWS
 from dataset.xray import load_xray
 from dataset.xray_drr import read_info, read_line_integrals
 from ddpm.classifier.guide import load_guide
@@ -284,14 +285,36 @@ def without_conditions(batch: ConditionBatch) -> ConditionBatch:
     )
 
 
-def mirrored(batch: ConditionBatch) -> ConditionBatch:
-    """The radiographs of the patient's mirror image: pictures and rays change sides.
+def mirrored(batch: ConditionBatch, views: Sequence[str] = VIEWS) -> ConditionBatch:
+    """The patient's mirror image, as far as a model is told of it: picture, rays and the place of a crop change sides.
 
     Only frontal pictures are mirrored by it. A lateral one is taken away: the mirrored patient's would be seen from the
-    other side, at another magnification.
+    other side, at another magnification. The context of a crop changes sides cell by cell, nearly as if the
+    mirrored patient had been encoded: no codec is quite symmetric.
+
+    Args:
+        batch: of patients; where `shows_sides` says no, what is drawn from the result tells nothing.
+        views: of the V radiographs in it, in its order.
     """
-    present = batch.xray_present.clone()
-    present[:, 1:] = False
-    rays = batch.ray_grid.flip(4).clone()  # (B, V, d, h, w, 2)
+    frontal = torch.tensor([view == "frontal" for view in views[: batch.xray.shape[1]]])
+    rays = batch.ray_grid.flip(4)  # (B, V, d, h, w, 2)
     rays[..., 0] = -rays[..., 0]
-    return replace(batch, xray=batch.xray.flip(-1), xray_present=present, ray_grid=rays)
+    extra = batch.extra
+    if extra is not None:
+        extra = extra.flip(4)  # (B, 3 + C, d, h, w): places along d, h and w in the whole field, then its context
+        extra[:, 2] = -extra[:, 2]
+    present = batch.xray_present & frontal.to(batch.xray_present.device)
+    return replace(batch, xray=batch.xray.flip(-1), xray_present=present, ray_grid=rays, extra=extra)
+
+
+def shows_sides(batch: ConditionBatch, views: Sequence[str]) -> bool:
+    """Whether the radiographs are all that tells a model on which side the heart lies, in every patient.
+
+    Not without a frontal one; and not in crops with a low-resolution context, since that is of the true patient.
+
+    Args:
+        batch: of patients.
+        views: of the V radiographs in it, in its order.
+    """
+    with_context = batch.extra is not None and batch.extra.shape[1] > 3
+    return "frontal" in views and bool(batch.xray_present[:, views.index("frontal")].all()) and not with_context
