@@ -19,7 +19,7 @@ from vq_gan_3d.codebook import build_quantizer
 from vq_gan_3d.encoder_decoder import Decoder, Encoder, Stage, Stride
 from vq_gan_3d.fsq import SAMPLED_CELLS
 from vq_gan_3d.quantizer import Quantized
-from vq_gan_3d.settings import Settings
+from vq_gan_3d.settings import Settings, require_number, require_whole
 
 # Over so few cells of a volume the use of more codes says nothing: most are missing however well they are used.
 MAX_ENTROPY_CODES = 4 * SAMPLED_CELLS
@@ -61,6 +61,16 @@ class CodecConfig(Settings):
     entropy_weight: float = 0.02
 
     def __post_init__(self) -> None:
+        for key in ("widths", "strides", "encoder_blocks", "decoder_blocks", "fsq_levels"):
+            values = getattr(self, key)
+            if not isinstance(values, tuple):
+                raise ConfigurationError(f"model.{key}={values}: give a list")
+            for value in values if key != "strides" else ():
+                require_whole(f"an entry of model.{key}", value, 0 if key.endswith("_blocks") else 1)
+        for key in ("embedding_dim", "code_channels", "n_codes"):
+            require_whole(f"model.{key}", getattr(self, key), 1)
+        for key in ("commitment_weight", "ema_decay", "restart_below", "entropy_weight"):
+            require_number(f"model.{key}", getattr(self, key))
         lengths = {len(self.widths), len(self.strides), len(self.encoder_blocks), len(self.decoder_blocks)}
         if len(lengths) != 1:
             raise ConfigurationError(
@@ -69,8 +79,9 @@ class CodecConfig(Settings):
                 f"{len(self.decoder_blocks)}"
             )
         for stride in self.strides:
-            if len(stride) != 3 or min(stride) < 1:
-                raise ConfigurationError(f"model.strides: {list(stride)} is no stride [D, H, W] of positive integers")
+            if not (isinstance(stride, tuple) and len(stride) == 3 and all(type(s) is int and s >= 1 for s in stride)):
+                shown = list(stride) if isinstance(stride, tuple) else stride
+                raise ConfigurationError(f"model.strides: {shown} is no stride [D, H, W] of positive integers")
         if self.quantizer == "fsq" and self.code_channels != len(self.fsq_levels):
             raise ConfigurationError(
                 f"model.code_channels={self.code_channels}, but model.fsq_levels has {len(self.fsq_levels)} entries: "

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._functorch.config
 from omegaconf import DictConfig, ListConfig
+from torch import nn
 
 from errors import ConfigurationError
 
@@ -103,6 +106,17 @@ def _has_bf16(accelerator: str) -> bool:
     if accelerator == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def compile_parts(parts: Iterable[nn.Module]) -> None:
+    """Compile modules in place; names of their weights stay.
+
+    The adaptive weight of the adversarial loss takes several gradients of one graph. A backward pass that was compiled
+    before it was needed would give its buffers away with the first.
+    """
+    torch._functorch.config.donated_buffer = False
+    for part in parts:
+        part.compile()
 
 
 def return_memory_early() -> None:

@@ -38,8 +38,13 @@ def log_to_file(path: Path) -> None:
     terminal.setFormatter(logging.Formatter("%(message)s"))
     root.addHandler(file)
     root.addHandler(terminal)
-    # Lightning announces devices and products there; its warnings pass
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    # Lightning announces devices and products there; its warnings pass, and the table of `profiler`
+    lightning = logging.getLogger("pytorch_lightning")
+    lightning.setLevel(logging.WARNING)
+    logging.getLogger("pytorch_lightning.profilers").setLevel(logging.INFO)
+    for handler in list(lightning.handlers):  # its own, which keeps messages from ours and from the file
+        lightning.removeHandler(handler)
+    lightning.propagate = True
 
 
 class LearningRateLog(Callback):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import pytorch_lightning as pl
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
 from errors import ConfigurationError, DivergedError
+from vq_gan_3d.settings import require_number, require_whole
 
 log = logging.getLogger(__name__)
 COSINE_FLOOR = 0.05
@@ -43,13 +46,31 @@ class OptimizerConfig:
     max_bad_steps: int = 10
     seed: int = 0
 
+    @classmethod
+    def from_config(cls, training: DictConfig) -> Self:
+        """How ``training.*`` says to minimise.
+
+        Raises:
+            ConfigurationError: a value is of no use.
+        """
+        values = {key: training[key] for key in cls.__dataclass_fields__}
+        if isinstance(betas := values["betas"], Sequence) and not isinstance(betas, str):
+            values["betas"] = tuple(betas)
+        return cls(**values)
+
     def __post_init__(self) -> None:
+        for key in ("learning_rate", "weight_decay"):
+            require_number(f"training.{key}", getattr(self, key))
+        for key, least in (("warmup_steps", 0), ("accumulate_grad_batches", 1), ("max_bad_steps", 1), ("seed", 0)):
+            require_whole(f"training.{key}", getattr(self, key), least)
+        if not isinstance(self.betas, tuple) or len(self.betas) != 2:
+            raise ConfigurationError(f"training.betas={self.betas}: give two numbers, [0.9,0.99]")
+        for beta in self.betas:
+            require_number("an entry of training.betas", beta, 1)
         if self.lr_schedule not in ("constant", "cosine"):
             raise ConfigurationError(f"training.lr_schedule={self.lr_schedule!r}: use constant or cosine")
-        if self.gradient_clip_val is not None and not self.gradient_clip_val >= 0:
-            raise ConfigurationError(
-                f"training.gradient_clip_val={self.gradient_clip_val}: give a limit above 0, or 0 for none"
-            )
+        if self.gradient_clip_val is not None:
+            require_number("training.gradient_clip_val", self.gradient_clip_val)
 
 
 def learning_rate_factor(step: int, config: OptimizerConfig, total_steps: int) -> float:

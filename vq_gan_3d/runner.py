@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,20 +11,21 @@ from omegaconf import DictConfig
 from torch import nn
 
 from dataset.data_module import VolumeDataModule
-from dataset.from_config import data_module, plain_dict
+from dataset.from_config import data_module, plain_dict, size_dhw
 from dataset.intensity import HUWindow
+from errors import ConfigurationError
 from vq_gan_3d.codec import CodecConfig
 from vq_gan_3d.optimization import OptimizerConfig
 from vq_gan_3d.stage import Monitor
 from vq_gan_3d.training import train_stage
 from vq_gan_3d.vqgan import VQGAN, LossConfig
 
+log = logging.getLogger(__name__)
+
 
 def optimizer_config(config: DictConfig) -> OptimizerConfig:
     """How ``training.*`` says to minimise."""
-    t = plain_dict(config.training)
-    t["betas"] = tuple(t["betas"])
-    return OptimizerConfig(**{key: t[key] for key in OptimizerConfig.__dataclass_fields__})
+    return OptimizerConfig.from_config(config.training)
 
 
 def build_module(config: DictConfig) -> VQGAN:
@@ -37,6 +39,21 @@ def build_module(config: DictConfig) -> VQGAN:
     return VQGAN(codec, losses, optimizer_config(config), window, config.hardware.checkpointing)
 
 
+def _require_multiple(config: DictConfig, stride: tuple[int, int, int]) -> None:
+    """Refuse patches, or whole volumes, that the codec cannot divide into its cells.
+
+    Raises:
+        ConfigurationError: a length is no multiple of the total stride [D, H, W].
+    """
+    key = "size" if config.dataset.patch_size is None else "patch_size"
+    size = size_dhw(config.dataset[key])
+    if size and any(length % step for length, step in zip(size, stride, strict=True)):
+        raise ConfigurationError(
+            f"dataset.{key}={list(size)} is no multiple of the codec's total stride {list(stride)} along D, H, W "
+            "(the product of model.strides): change one of them"
+        )
+
+
 class FirstStage:
     """The VQ-GAN, baseline and patch-wise."""
 
@@ -45,13 +62,19 @@ class FirstStage:
     # generator and discriminators are trained in turn, so in each backward pass some parameters are unused
     unused_parameters = True
 
+    def __init__(self) -> None:
+        self._module: VQGAN | None = None
+
     def build_data(self, config: DictConfig) -> VolumeDataModule:
-        """Volumes."""
+        """Volumes; the module comes first, so that its mistakes are told before anything is prepared."""
+        self._module = build_module(config)
+        _require_multiple(config, self._module.codec.config.total_stride)
         return data_module(config)
 
     def build_module(self, config: DictConfig, data: VolumeDataModule) -> VQGAN:
         """The module."""
-        return build_module(config)
+        assert self._module is not None
+        return self._module
 
     def contract(self, config: DictConfig) -> dict[str, Any]:
         """How volumes are cut."""
@@ -68,7 +91,15 @@ class FirstStage:
         return module.codec.encoder, module.codec.decoder
 
     def facts(self, module: VQGAN, data: VolumeDataModule) -> list[str]:
-        """How far the codec looks."""
+        """How far the codec looks; warns of discriminators that never take part."""
+        start = module.loss_config.discriminator_iter_start
+        if len(module.discriminators) and module.total_steps <= start:
+            log.warning(
+                "model.discriminator_iter_start=%d, and training ends at step %d: no discriminator takes part; raise "
+                "training.max_steps or training.num_epochs, or lower it",
+                start,
+                module.total_steps,
+            )
         encoder, decoder = module.codec.config.receptive_halo_vox()
         return [f"receptive halo [D, H, W] in voxels: encoder {list(encoder)}, decoder {list(decoder)}"]
 

@@ -28,25 +28,30 @@ from errors import (
 from vq_gan_3d.callbacks import ExponentialMovingAverage, GracefulStop, SkipLedger, StopAfterSteps
 from vq_gan_3d.checkpoint_callback import CheckpointKeeper, VerifiedCheckpointIO
 from vq_gan_3d.checkpointing import is_writable, load_checkpoint
-from vq_gan_3d.hardware import Hardware, resolve_hardware, return_memory_early
+from vq_gan_3d.hardware import Hardware, compile_parts, resolve_hardware, return_memory_early
 from vq_gan_3d.launch import Launch, find_launch
 from vq_gan_3d.logs import CsvLog, LearningRateLog, PanelLog, log_to_file
-from vq_gan_3d.optimization import steps_of
+from vq_gan_3d.optimization import OptimizerConfig, steps_of
 from vq_gan_3d.resume import ResumeContract, Rewind, find_start, forget_run
+from vq_gan_3d.settings import require_number, require_whole
 from vq_gan_3d.stage import Stage, TrainingData
 from vq_gan_3d.workers import blame_worker, stop_workers
 
 log = logging.getLogger(__name__)
-_AT_LEAST_ONE = (
-    "training.batch_size",
-    "training.num_epochs",
-    "training.accumulate_grad_batches",
-    "training.checkpoint_every_n_epochs",
-    "training.validate_every_n_epochs",
-    "logger.every_n_steps",
-    "hardware.processes",
-    "hardware.num_nodes",
-)
+_LEAST = {
+    "training.batch_size": 1,
+    "training.num_epochs": 1,
+    "training.max_steps": -1,
+    "training.num_workers": 0,
+    "training.checkpoint_every_n_epochs": 1,
+    "training.checkpoint_every_n_steps": 0,
+    "training.validate_every_n_epochs": 1,
+    "callbacks.keep_step_checkpoints": 0,
+    "callbacks.panel_volumes": 0,
+    "logger.every_n_steps": 1,
+    "hardware.processes": 1,
+    "hardware.num_nodes": 1,
+}
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO}
 
 
@@ -101,8 +106,7 @@ def _train(config: DictConfig, stage: Stage, output: Path) -> int:
         with atomic_write(output / "config.yaml") as handle:
             handle.write(recorded(config).encode())
     if hardware.compile:
-        for part in stage.to_compile(module):
-            part.compile()
+        compile_parts(stage.to_compile(module))
     ledger = SkipLedger(sum(map(len, data.sources.values())), config.dataset.max_bad_fraction, data.bad)
     callbacks: list[Callback] = [contract, ledger]
     if start is not None and str(config.ckpt_path) != "last":
@@ -119,15 +123,16 @@ def _train(config: DictConfig, stage: Stage, output: Path) -> int:
 
 
 def _check_counts(config: DictConfig) -> None:
-    """Refuse counts and intervals that are none, by name, before anything divides by them.
+    """Refuse counts, intervals and settings of the optimizers that are none, by name, before anything is prepared.
 
     Raises:
-        ConfigurationError: one is no whole number, or below 1.
+        ConfigurationError: one is no number, or below its least.
     """
-    for key in _AT_LEAST_ONE:
-        value = OmegaConf.select(config, key)
-        if not isinstance(value, int) or value < 1:
-            raise ConfigurationError(f"{key}={value}: give a whole number of at least 1")
+    for key, least in _LEAST.items():
+        require_whole(key, OmegaConf.select(config, key), least)
+    for key in ("training.ema_decay", "training.worker_timeout_s"):
+        require_number(key, OmegaConf.select(config, key))
+    OptimizerConfig.from_config(config.training)
 
 
 def _steps_at(start: Path, contract: ResumeContract) -> int:
@@ -149,16 +154,16 @@ def _start_of_others(config: DictConfig, checkpoints: Path) -> Path | None:
 
 
 def _total_steps(config: DictConfig, batches_per_epoch: int) -> int:
+    """Batches of the whole run: ``training.max_steps`` if it is given, else those of ``training.num_epochs``."""
     t = config.training
-    steps = batches_per_epoch * t.num_epochs
-    if t.max_steps >= 0:
-        if t.max_steps % t.accumulate_grad_batches:
-            raise ConfigurationError(
-                f"training.max_steps={t.max_steps} is no multiple of training.accumulate_grad_batches="
-                f"{t.accumulate_grad_batches}: the last optimizer step would be incomplete"
-            )
-        steps = min(steps, t.max_steps)
-    return steps
+    if t.max_steps < 0:
+        return int(batches_per_epoch * t.num_epochs)
+    if t.max_steps % t.accumulate_grad_batches:
+        raise ConfigurationError(
+            f"training.max_steps={t.max_steps} is no multiple of training.accumulate_grad_batches="
+            f"{t.accumulate_grad_batches}: the last optimizer step would be incomplete"
+        )
+    return int(t.max_steps)
 
 
 def build_trainer(
@@ -203,7 +208,7 @@ def build_trainer(
     logger = TensorBoardLogger(output, name="tensorboard_logs", version="") if config.logger.tensorboard else False
     trainer = pl.Trainer(
         **hardware.trainer_arguments(unused_parameters=stage.unused_parameters),
-        max_epochs=t.num_epochs,
+        max_epochs=-1,  # StopAfterSteps alone ends training
         callbacks=callbacks,
         logger=logger,
         plugins=[VerifiedCheckpointIO(), *([launch.cluster] if launch.cluster else [])],

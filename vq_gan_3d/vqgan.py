@@ -16,7 +16,7 @@ from dataset.geometry import spacing_mm
 from dataset.intensity import HUWindow
 from errors import ConfigurationError
 from evaluation.metrics.codebook import CodeUsage
-from evaluation.metrics.image import volume_metrics
+from evaluation.metrics.image import contains, volume_metrics
 from evaluation.metrics.streamed import METRICS, MetricSums, grown
 from evaluation.panels import panel_image
 from params import MEDIASTINUM_WINDOW
@@ -26,6 +26,7 @@ from vq_gan_3d.distributed import all_reduce_sum
 from vq_gan_3d.losses import adaptive_weight, discriminator_loss, feature_matching_loss, generator_loss
 from vq_gan_3d.lpips import LPIPS
 from vq_gan_3d.optimization import GuardedOptimizer, OptimizerConfig, learning_rate_factor
+from vq_gan_3d.settings import require_number, require_switch, require_whole
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,14 @@ class LossConfig:
     lpips_weights: str | None = None
 
     def __post_init__(self) -> None:
+        for key in ("discriminator_2d", "discriminator_3d", "adaptive_weight"):
+            require_switch(f"model.{key}", getattr(self, key))
+        for key in ("adversarial_weight", "feature_matching_weight", "lpips_weight"):
+            require_number(f"model.{key}", getattr(self, key))
+        of_slices = self.discriminator_2d or self.lpips_weight > 0
+        least = {"discriminator_width": 1, "discriminator_layers": 1, "discriminator_iter_start": 0}
+        for key, value in (least | {"slices_per_plane": 1 if of_slices else 0}).items():
+            require_whole(f"model.{key}", getattr(self, key), value)
         if self.discriminator_loss not in ("hinge", "vanilla"):
             raise ConfigurationError(f"model.discriminator_loss={self.discriminator_loss!r}: use hinge or vanilla")
         if self.lpips_weight > 0 and not self.lpips_weights:
@@ -259,6 +268,8 @@ class VQGAN(pl.LightningModule):
         total, *values = all_reduce_sum(torch.tensor(sums, device=self.device, dtype=torch.float32)).tolist()
         self.usage.counts = counts
         metrics = {name: value / total for name, value in zip(METRICS, values, strict=True)} if total else {}
+        if not contains(self.window):  # of a narrower window, for lungs or mediastinum, it cannot be taken
+            metrics.pop("psnr_pe_window_db", None)
         metrics |= {"code_usage": self.usage.usage(), "code_perplexity": self.usage.perplexity()}
         self.log_dict({f"val/{name}": value for name, value in metrics.items()}, rank_zero_only=False)
         self.log("psnr", metrics.get("psnr_db", 0.0), prog_bar=True, logger=False)

@@ -54,6 +54,12 @@ def psnr_slice(pred: torch.Tensor, target: torch.Tensor, data_range: float = 1.0
     return sum(values) / len(values)
 
 
+def contains(window: HUWindow, level_width_hu: tuple[float, float] = PE_WINDOW) -> bool:
+    """Whether a reading window (level, width) lies inside the HU window of unit tensors; else it cannot be shown."""
+    level, width = level_width_hu
+    return window.min_hu <= level - width / 2 and level + width / 2 <= window.max_hu
+
+
 def psnr_window(
     pred: torch.Tensor, target: torch.Tensor, window: HUWindow, level_width_hu: tuple[float, float] = PE_WINDOW
 ) -> float:
@@ -72,7 +78,7 @@ def psnr_window(
     pred, target = _pair(pred, target)
     level, width = level_width_hu
     low, high = level - width / 2, level + width / 2
-    if low < window.min_hu or high > window.max_hu:
+    if not contains(window, level_width_hu):
         raise ConfigurationError(
             f"the reading window [{low}, {high}] HU is not inside the HU window [{window.min_hu}, {window.max_hu}]: "
             "widen the HU window"
@@ -169,15 +175,16 @@ def volume_metrics(pred_unit: torch.Tensor, target_unit: torch.Tensor, window: H
 
     Returns:
         ``psnr_db``, ``psnr_slice_db``, ``psnr_pe_window_db``, ``ssim``, ``mae_hu``, ``bias_hu``, and of the
-        predecessor's conventions ``pearson_r``, ``psnr_minmax_db``. NaN in a prediction gives NaN.
+        predecessor's conventions ``pearson_r``, ``psnr_minmax_db``. NaN in a prediction gives NaN;
+        ``psnr_pe_window_db`` is NaN where ``window`` does not contain the pulmonary-embolism window.
 
     Raises:
-        InputError: as `psnr`. ConfigurationError: as `psnr_window`.
+        InputError: as `psnr`.
     """
     return {
         "psnr_db": psnr(pred_unit, target_unit),
         "psnr_slice_db": psnr_slice(pred_unit, target_unit),
-        "psnr_pe_window_db": psnr_window(pred_unit, target_unit, window),
+        "psnr_pe_window_db": psnr_window(pred_unit, target_unit, window) if contains(window) else math.nan,
         "ssim": ssim_3d(pred_unit, target_unit),
         "mae_hu": mae_hu(pred_unit, target_unit, window),
         "bias_hu": bias_hu(pred_unit, target_unit, window),

@@ -44,6 +44,29 @@ STEPS = "training.max_steps=2"
         ("training.validate_every_n_epochs=0", 2, ["training.validate_every_n_epochs=0"]),
         ("logger.every_n_steps=0", 2, ["logger.every_n_steps=0"]),
         ("training.gradient_clip_val=-1", 2, ["training.gradient_clip_val=-1"]),
+        ("dataset.size=64", 2, ["size 64", "[D, H, W]"]),
+        ("dataset.size=abc", 2, ["size abc", "[D, H, W]"]),
+        ("dataset.patch_size=64", 2, ["size 64", "[D, H, W]"]),
+        ("dataset.patch_size=[16,8.5,16]", 2, ["[16, 8.5, 16]"]),
+        ("dataset.validation=phantom_00001", 2, ["dataset.validation=phantom_00001", "[phantom_00001]"]),
+        ("dataset.size=[16,32,30]", 2, ["dataset.size=[16, 32, 30]", "[4, 4, 4]"]),
+        ("dataset.patch_size=[16,16,15]", 2, ["dataset.patch_size=[16, 16, 15]", "[4, 4, 4]"]),
+        ("model.strides=[2,2,2]", 2, ["model.strides: 2 is"]),
+        ("model.widths=64", 2, ["model.widths=64"]),
+        ("model.widths=[8,8,a]", 2, ["model.widths=a"]),
+        ("model.discriminator_iter_start=null", 2, ["model.discriminator_iter_start=None"]),
+        ("model.discriminator_2d=off", 2, ["model.discriminator_2d=off", "true or false"]),
+        ("model.slices_per_plane=0", 2, ["model.slices_per_plane=0"]),
+        ("model.adversarial_weight=abc", 2, ["model.adversarial_weight=abc"]),
+        ("training.learning_rate=-1", 2, ["training.learning_rate=-1"]),
+        ("training.learning_rate=abc", 2, ["training.learning_rate=abc"]),
+        ("training.learning_rate=nan", 2, ["training.learning_rate=nan"]),
+        ("training.seed=abc", 2, ["training.seed=abc"]),
+        ("training.betas=0.9", 2, ["training.betas=0.9"]),
+        ("training.betas=[0.9,1.5]", 2, ["training.betas=1.5"]),
+        ("training.gradient_clip_val=abc", 2, ["training.gradient_clip_val=abc"]),
+        ("training.num_workers=-1", 2, ["training.num_workers=-1"]),
+        ("training.ema_decay=abc", 2, ["training.ema_decay=abc"]),
         ("hardware.num_nodes=2", 2, ["hardware.num_nodes=2", "torchrun"]),
         ("training.lr_schedule=linear", 2, ["training.lr_schedule='linear'"]),
         ("model.quantizer=vq", 2, ["model.quantizer='vq'"]),
@@ -61,6 +84,44 @@ def test_refused_in_one_line(train: Train, tmp_path: Path, override: str, code: 
     (tmp_path / "empty").mkdir()
     assert_one_line_error(train(STEPS, override, check=code), *words)
     assert not list((tmp_path / "outputs").glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "dataset.size=[16,32,30]", "model.quantizer=vq", "model.n_codes=500", "training.lr_schedule=linear",
+        "model.lpips_weight=1", "training.seed=abc",
+    ],
+)  # fmt: skip
+def test_nothing_is_prepared_for_a_mistake(train: Train, monkeypatch: pytest.MonkeyPatch, override: str) -> None:
+    """A cohort of days is prepared once all that needs no volume is checked."""
+    import dataset.data_module as module
+
+    monkeypatch.setattr(module, "prepare_all", lambda *_: pytest.fail("volumes are prepared"))
+    assert_one_line_error(train(STEPS, override, check=2), override.split(".")[1].split("=")[0])
+
+
+def test_a_number_of_steps_alone_decides(train: Train, tmp_path: Path) -> None:
+    """Past the epochs, which are five batches each; discriminators that would never start are told of."""
+    result = train("training.max_steps=7", "training.num_epochs=1", "model.discriminator_iter_start=7")
+    assert int(load_checkpoint(tmp_path / "outputs/checkpoints/final.ckpt")["current_model_state"]["steps"]) == 7
+    assert "model.discriminator_iter_start=7, and training ends at step 7: no discriminator takes part" in result.stderr
+    result = train("training.num_epochs=1", "model.discriminator_iter_start=4", "output_dir=epoch")
+    assert int(load_checkpoint(tmp_path / "epoch/checkpoints/final.ckpt")["current_model_state"]["steps"]) == 5
+    assert "no discriminator takes part" not in result.stderr
+    off = ["model.discriminator_2d=false", "model.discriminator_3d=false", "model.discriminator_iter_start=99"]
+    assert "no discriminator" not in train("training.max_steps=1", *off, "output_dir=off").stderr
+
+
+@pytest.mark.parametrize("tiles", [[], ["dataset.patch_size=[16,16,16]", "dataset.validation_tiles=null"]])
+def test_a_narrow_window_trains_without_the_metric_of_a_wider_one(
+    train: Train, tmp_path: Path, tiles: list[str]
+) -> None:
+    train("dataset.hu_min=-160", "dataset.hu_max=240", "training.max_steps=1", *tiles)
+    with (tmp_path / "outputs/logs/validation.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert "psnr_pe_window_db" not in row
+    assert float(row["psnr_db"]) > 0
 
 
 def test_a_target_in_a_file_is_refused(train: Train, tmp_path: Path) -> None:
@@ -134,8 +195,13 @@ def test_debug_groups(train: Train, tmp_path: Path, group: str) -> None:
     """With the cohort, the workers and the starts that each sets itself."""
     own = ("dataset.n_patients", "training.num_workers", "training.warmup_steps", "model.discriminator_iter_start")
     small = [option for option in TINY if not option.startswith(own)]
-    train(*small, f"debug={group}", "dataset.cache_dir=cache", tiny=False)
+    result = train(*small, f"debug={group}", "dataset.cache_dir=cache", tiny=False)
     assert (tmp_path / "outputs/checkpoints/final.ckpt").is_file()
+    if group == "profiler":
+        for text in (result.stderr, (tmp_path / "outputs/logs/training.log").read_text()):
+            assert "Profiler Report" in text
+    if group == "fdr":
+        assert "volumes: 5 for training, 1 held out; 1 steps" in result.stderr
     if group == "overfit":
         assert_learnt(tmp_path / "outputs")
 
