@@ -115,7 +115,8 @@ class CheckpointKeeper(Checkpoint):
     def _save_numbered(self, trainer: pl.Trainer, steps: int, keep: bool) -> Path:
         epoch = trainer.current_epoch + 1 if trainer.is_last_batch else trainer.current_epoch
         path = self.folder / f"epoch_{epoch:02d}_step_{steps:04d}.ckpt"
-        if not keep:
+        # a signal in the validation after a save saves the same step again
+        if not keep and path.name not in self._step_files:
             self._step_files.append(path.name)
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
@@ -125,10 +126,14 @@ class CheckpointKeeper(Checkpoint):
                 (self.folder / self._step_files.pop(0)).unlink(missing_ok=True)
         return path
 
+    def _ends_due_epoch(self, trainer: pl.Trainer) -> bool:
+        """Whether we stand at the end of an epoch whose checkpoint stays."""
+        return trainer.is_last_batch and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Save what is due, at the next boundary of an optimizer step."""
         steps = steps_of(pl_module)
-        end_of_epoch = trainer.is_last_batch and (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        end_of_epoch = self._ends_due_epoch(trainer)
         self._due |= end_of_epoch or (self.every_n_steps > 0 and steps % self.every_n_steps == 0)
         if steps % self.accumulate:
             return
@@ -144,7 +149,8 @@ class CheckpointKeeper(Checkpoint):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if self.graceful_stop.requested(pl_module.device):
-            raise self.graceful_stop.error(str(self._save_numbered(trainer, steps_of(pl_module), keep=False)))
+            path = self._save_numbered(trainer, steps_of(pl_module), keep=self._ends_due_epoch(trainer))
+            raise self.graceful_stop.error(str(path))
         score = trainer.callback_metrics.get(self.monitor.name)
         if score is not None and self.monitor.beats(float(score), self.best):
             self.best = float(score)

@@ -104,6 +104,32 @@ def test_t13_a_second_sigterm_during_the_save_changes_nothing(
     assert not list((tmp_path / "outputs/checkpoints").glob(".*"))
 
 
+def test_a_signal_in_validation_leaves_the_checkpoint_of_the_epoch_permanent(
+    tmp_path: Path, train: Train, signal_self: Callable[[int], None], at_call: Callable[..., None]
+) -> None:
+    """Saved at the end of its epoch and again at the signal: neither pruned later, nor counted among those that are."""
+    every = [
+        "training.checkpoint_every_n_epochs=1",
+        "training.checkpoint_every_n_steps=1",
+        "callbacks.keep_step_checkpoints=2",
+    ]
+    at_call(6, lambda: signal_self(signal.SIGTERM))
+    train(STEPS, *every, check=143)
+    train("training.max_steps=9", *every, "ckpt_path=last")
+    numbered = sorted(path.name for path in (tmp_path / "outputs/checkpoints").glob("epoch_*.ckpt"))
+    assert numbered == [f"epoch_01_step_000{step}.ckpt" for step in (5, 8, 9)]
+
+
+def test_a_step_saved_twice_counts_once(
+    tmp_path: Path, train: Train, signal_self: Callable[[int], None], at_call: Callable[..., None]
+) -> None:
+    every = ["training.checkpoint_every_n_steps=1", "callbacks.keep_step_checkpoints=2"]
+    at_call(6, lambda: signal_self(signal.SIGTERM))
+    train(STEPS, *every, check=143)
+    numbered = sorted(path.name for path in (tmp_path / "outputs/checkpoints").glob("epoch_*.ckpt"))
+    assert numbered == ["epoch_00_step_0004.ckpt", "epoch_01_step_0005.ckpt"]
+
+
 @pytest.mark.slow
 def test_a_second_sigint_ends_at_once(
     tmp_path: Path, train: Train, signal_self: Callable[[int], None], at_call: Any
