@@ -18,6 +18,17 @@ from vq_gan_3d.checkpointing import all_checkpoints, find_resumable, stored_step
 from vq_gan_3d.optimization import steps_of
 
 log = logging.getLogger(__name__)
+# What is minimised may change on the way, and where a file lies; what the networks and the codebook are may not.
+FREE_MODEL_SETTINGS = {
+    "discriminator_loss",
+    "discriminator_iter_start",
+    "adversarial_weight",
+    "adaptive_weight",
+    "feature_matching_weight",
+    "slices_per_plane",
+    "lpips_weight",
+    "lpips_weights",
+}
 
 
 class ResumeContract(Callback):
@@ -41,10 +52,12 @@ class ResumeContract(Callback):
             "dataset.hu_min": d.hu_min,
             "dataset.hu_max": d.hu_max,
         }
-        self.values |= {f"model.{key}": value for key, value in flat(plain_dict(config.model)).items()} | own
+        model = flat(plain_dict(config.model))
+        self.free = {f"model.{key}": model.pop(key) for key in FREE_MODEL_SETTINGS & model.keys()}
+        self.values |= {f"model.{key}": value for key, value in model.items()} | own
 
     def check(self, checkpoint: dict[str, Any], path: Path) -> None:
-        """Refuse a checkpoint of another run.
+        """Refuse a checkpoint of another run; name the free settings that change with this one.
 
         Raises:
             ConfigurationError: listing the keys that differ.
@@ -52,19 +65,25 @@ class ResumeContract(Callback):
         theirs = checkpoint.get("resume_contract")
         if theirs is None:
             raise InputError(f"{path}: no training checkpoint of this project")
-        differing = [
-            f"{key} ({theirs.get(key)} there, {self.values.get(key)} here)"
-            for key in self.values | theirs
-            if theirs.get(key) != self.values.get(key)
-        ]
-        if differing:
+        if differing := _differing(theirs, self.values):
             raise ConfigurationError(f"{path} cannot be resumed with other settings: {'; '.join(differing)}")
+        if changed := _differing(checkpoint["free_settings"], self.free):
+            log.info("changed from here on: %s", "; ".join(changed))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Store the contract."""
         checkpoint["resume_contract"] = self.values
+        checkpoint["free_settings"] = self.free
+
+
+def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key} ({there.get(key)} there, {here.get(key)} here)"
+        for key in sorted({*here, *there})
+        if there.get(key) != here.get(key)
+    ]
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 from dataset.volume_io import Volume, write_nifti
 from tests.helpers import BASELINE, STATE_KEYS, assert_one_line_error, assert_same_state, kill, start, wait_for
 from tests.vq_gan_3d.conftest import Train
+from tests.vq_gan_3d.test_lpips import random_weights
 from vq_gan_3d.checkpointing import load_checkpoint
-from vq_gan_3d.vqgan import VQGAN
+from vq_gan_3d.resume import FREE_MODEL_SETTINGS
+from vq_gan_3d.vqgan import VQGAN, LossConfig
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -111,6 +114,26 @@ def phantoms_of_the_same_names(folder: Path) -> Path:
         hu = np.full((16, 32, 32), number, np.int16)
         write_nifti(other / f"phantom_{number:05d}.nii.gz", Volume(hu, np.diag([2.0, 2.0, 2.0, 1.0])))
     return other
+
+
+def test_what_is_minimised_may_change_and_is_named(tmp_path: Path, train: Train) -> None:
+    weights = random_weights(tmp_path / "lpips.pt")
+    moved = tmp_path / "moved.pt"
+    lpips = ["model.lpips_weight=0.1", f"model.lpips_weights={weights}"]
+    train("training.max_steps=1", *lpips)
+    weights.rename(moved)
+    changed = ["model.adversarial_weight=0.2", "model.discriminator_iter_start=1"]
+    lpips[1] = f"model.lpips_weights={moved}"
+    result = train("training.max_steps=2", *lpips, *changed, "ckpt_path=last")
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("changed from here on: "))
+    for words in ("adversarial_weight (0.1 there, 0.2 here)", "discriminator_iter_start (2 there, 1 here)", str(moved)):
+        assert words in line
+    assert "lpips_weight (" not in line
+    refused = train("training.max_steps=3", *lpips, "model.discriminator_width=8", "ckpt_path=last", check=2)
+    assert_one_line_error(refused, "model.discriminator_width (4 there, 8 here)")
+    fields = {field.name for field in dataclasses.fields(LossConfig)}
+    shapes = {"discriminator_2d", "discriminator_3d", "discriminator_width", "discriminator_layers"}
+    assert fields - shapes == FREE_MODEL_SETTINGS
 
 
 @pytest.mark.slow
