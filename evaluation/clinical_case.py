@@ -20,7 +20,8 @@ from dataset.sources import PhantomSource, VolumeSource
 from ddpm.classifier.judge import Judge
 from ddpm.patient import joined
 from errors import InputError
-from evaluation.held_out import HeldOut, Sampling, with_xrays_of
+from evaluation.controls import with_xrays_of
+from evaluation.held_out import HeldOut, Sampling
 from evaluation.metrics.anatomy import Segmentation, dice, segment
 from evaluation.metrics.frechet import PlaneFeatures
 from evaluation.metrics.lesions import find_lesions

@@ -1,11 +1,11 @@
-"""The patients of a diffusion run, held out as a rule, and what a model may be told of them: the truth or a control."""
+"""The patients of a diffusion run, held out as a rule, and how volumes of them are drawn."""
 
 from __future__ import annotations
 
 import hashlib
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,25 +16,24 @@ from omegaconf import OmegaConf
 
 from dataset.from_config import run_config, sources_of_test_split
 from dataset.geometry import crop_or_pad
-from dataset.projection import VIEWS
+from dataset.projection import View
 from dataset.xray import load_xray
 from dataset.xray_drr import read_info, read_line_integrals
 from ddpm.classifier.guide import load_guide
 from ddpm.classifier.network import PEClassifier
-from ddpm.conditions import UNKNOWN_LABEL, ConditionBatch
+from ddpm.conditions import ConditionBatch
 from ddpm.data_module import LatentDataModule, latent_data_module
 from ddpm.generate import Generator, load_ddpm
 from ddpm.guidance import ClassifierGuidance
 from ddpm.latent_dataset import LatentDataset, collate_latents, condition_batch
 from errors import ConfigurationError, InputError
+from evaluation.controls import told
 from evaluation.metrics.linear import RidgeWeights
 from evaluation.metrics.projection import cone_ncc
 
 Split = Literal["validation", "training", "test"]
 # What a model may be told of a patient beside the radiograph, if it was trained with that.
 TELLABLE = ("report", "label")
-# Beyond [-1, 1] a cell lies outside the picture (see `ConditionBatch.ray_grid`).
-_OUTSIDE = 2.0
 # Voxels of a volume, evenly spaced, by which the penalty of the linear control is chosen.
 _LINEAR_VOXELS = 1 << 15
 
@@ -177,6 +176,11 @@ class HeldOut:
         return told(condition_batch(collate_latents([sample])), self.tell)
 
     @cached_property
+    def views(self) -> tuple[View, ...]:
+        """Of the radiographs, in the order in which the model takes them."""
+        return self.cases.settings.views
+
+    @cached_property
     def cases(self) -> LatentDataset:
         """The patients, each as validation sees one."""
         known = self.data.datasets[self.split]
@@ -260,61 +264,3 @@ def open_run(
     with path.open("rb") as handle:
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
     return HeldOut(generator, data, path, digest, split, cases, tuple(name for name in TELLABLE if name in tell))
-
-
-def told(batch: ConditionBatch, tell: Collection[str] = ()) -> ConditionBatch:
-    """The same radiographs; report and label, which carry the diagnosis past them, only where ``tell`` names them."""
-    label = batch.label if "label" in tell else torch.full_like(batch.label, UNKNOWN_LABEL)
-    return replace(batch, label=label, text=batch.text if "report" in tell else ("",) * len(batch.text))
-
-
-def with_xrays_of(batch: ConditionBatch, other: ConditionBatch) -> ConditionBatch:
-    """The same patient with another's radiographs; their rays come along, since they belong to the pictures."""
-    return replace(batch, xray=other.xray, xray_present=other.xray_present, ray_grid=other.ray_grid)
-
-
-def without_conditions(batch: ConditionBatch) -> ConditionBatch:
-    """The same patient, of whom nothing is known; position and context of a crop stay."""
-    return replace(
-        batch,
-        xray=torch.zeros_like(batch.xray),
-        xray_present=torch.zeros_like(batch.xray_present),
-        ray_grid=torch.full_like(batch.ray_grid, _OUTSIDE),
-        label=torch.full_like(batch.label, UNKNOWN_LABEL),
-        text=("",) * len(batch.text),
-    )
-
-
-def mirrored(batch: ConditionBatch, views: Sequence[str] = VIEWS) -> ConditionBatch:
-    """The patient's mirror image, as far as a model is told of it: picture, rays and the place of a crop change sides.
-
-    Only frontal pictures are mirrored by it. A lateral one is taken away: the mirrored patient's would be seen from the
-    other side, at another magnification. The context of a crop changes sides cell by cell, nearly as if the
-    mirrored patient had been encoded: no codec is quite symmetric.
-
-    Args:
-        batch: of patients; where `shows_sides` says no, what is drawn from the result tells nothing.
-        views: of the V radiographs in it, in its order.
-    """
-    frontal = torch.tensor([view == "frontal" for view in views[: batch.xray.shape[1]]])
-    rays = batch.ray_grid.flip(4)  # (B, V, d, h, w, 2)
-    rays[..., 0] = -rays[..., 0]
-    extra = batch.extra
-    if extra is not None:
-        extra = extra.flip(4)  # (B, 3 + C, d, h, w): places along d, h and w in the whole field, then its context
-        extra[:, 2] = -extra[:, 2]
-    present = batch.xray_present & frontal.to(batch.xray_present.device)
-    return replace(batch, xray=batch.xray.flip(-1), xray_present=present, ray_grid=rays, extra=extra)
-
-
-def shows_sides(batch: ConditionBatch, views: Sequence[str]) -> bool:
-    """Whether the radiographs are all that tells a model on which side the heart lies, in every patient.
-
-    Not without a frontal one; and not in crops with a low-resolution context, since that is of the true patient.
-
-    Args:
-        batch: of patients.
-        views: of the V radiographs in it, in its order.
-    """
-    with_context = batch.extra is not None and batch.extra.shape[1] > 3
-    return "frontal" in views and bool(batch.xray_present[:, views.index("frontal")].all()) and not with_context

@@ -60,13 +60,14 @@ def evaluate_case(
         guide: pulls all volumes, if given.
 
     Returns:
-        ``name``, ``hu`` (the truth), ``affine``, ``xrays``, ``volumes`` by role, ``samples`` and ``mirrored``.
+        ``name``, ``hu`` (the truth), ``affine``, ``xrays``, ``volumes`` by role, ``samples``, and ``mirrored``: None
+        where a mirrored radiograph would tell nothing (`evaluation.controls.shows_sides`).
 
     Raises:
         InputError: the patient, or the other one, cannot be read.
     """
     from ddpm.patient import joined
-    from evaluation.held_out import mirrored, with_xrays_of, without_conditions
+    from evaluation.controls import mirrored, shows_sides, with_xrays_of, without_conditions
 
     sample, stranger = held_out.cases[number], held_out.cases[other]
     for entry in (sample, stranger):
@@ -75,9 +76,11 @@ def evaluate_case(
     batch, shape = held_out.conditions(sample), tuple(sample["hu"].shape[1:])
     window = held_out.generator.codec.window
     own = sampling.draw(held_out.generator, batch, shape, number, samples, guide)[0]
-    controls = [with_xrays_of(batch, held_out.conditions(stranger)), without_conditions(batch), mirrored(batch)]
-    drawn = sampling.draw(held_out.generator, joined(controls), shape, number, guide=guide)
-    shuffled, unconditional, mirror = drawn[:, 0]
+    controls = [with_xrays_of(batch, held_out.conditions(stranger)), without_conditions(batch)]
+    if sided := shows_sides(batch, held_out.views):
+        controls.append(mirrored(batch, held_out.views))
+    drawn = sampling.draw(held_out.generator, joined(controls), shape, number, guide=guide)[:, 0]
+    shuffled, unconditional = drawn[:2]
     d, h, w = shape
     codec = held_out.generator.codec.decode(sample["code"][None].to(held_out.generator.device))
     return {
@@ -92,7 +95,7 @@ def evaluate_case(
             "codec": codec[0, 0, :d, :h, :w].cpu().numpy(),
         },
         "samples": list(own),
-        "mirrored": mirror,
+        "mirrored": drawn[2] if sided else None,
     }
 
 
@@ -188,6 +191,8 @@ def print_report(report: dict[str, Any], split: str, told: Sequence[str]) -> Non
     for part in ("mirror", "cone", "retrieval", "diversity"):
         if part in report:
             print(f"{part}: " + ", ".join(f"{name} {_cell(v, '{:.4f}')}" for name, v in report[part].items()))
+    if "mirror" not in report:
+        print("mirror: left out, the model is told more of the side than a frontal radiograph, or has none")
     if "retrieval" in report:
         print(f"(retrieval: by chance the own CT is the nearest in {1 / report['retrieval']['rank']['n']:.1%})")
     print()

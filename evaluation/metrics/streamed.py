@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dataset.intensity import HUWindow
-from evaluation.metrics.image import SSIM_WINDOW_VOX, _decibel, ssim_3d
+from evaluation.metrics.image import SSIM_WINDOW_VOX, _decibel, contains, ssim_3d
 from params import PE_WINDOW
 
 # Names of all metrics, the same on every rank, whatever it has seen.
@@ -36,11 +36,12 @@ class MetricSums:
     Args:
         depth: slices of the volume.
         window: the HU window of the unit tensors.
-        level_width_hu: the reading window of ``psnr_pe_window_db``.
+        level_width_hu: the reading window of ``psnr_pe_window_db``, which is NaN where ``window`` does not contain it.
     """
 
     def __init__(self, depth: int, window: HUWindow, level_width_hu: tuple[float, float] = PE_WINDOW) -> None:
         self.window = window
+        self._has_pe_window = contains(window, level_width_hu)
         level, width = level_width_hu
         self._low, self._high = (
             (hu - window.min_hu) / window.width_hu for hu in (level - width / 2, level + width / 2)
@@ -99,7 +100,7 @@ class MetricSums:
         result = {
             "psnr_db": _decibel(squares / n, 1.0),
             "psnr_slice_db": sum(_decibel(value, 1.0) for value in per_slice) / len(per_slice),
-            "psnr_pe_window_db": _decibel(clipped / n, self._high - self._low),
+            "psnr_pe_window_db": _decibel(clipped / n, self._high - self._low) if self._has_pe_window else math.nan,
             "mae_hu": absolute / n * self.window.width_hu,
             "bias_hu": (sum_p - sum_t) / n * self.window.width_hu,
         }

@@ -9,7 +9,7 @@ import torch
 
 from ddpm.conditions import ConditionBatch, positions
 from ddpm.latent_dataset import context_at
-from evaluation.held_out import mirrored, shows_sides
+from evaluation.controls import mirrored, shows_sides
 
 FIELD, CROP = (2, 3, 9), (2, 3, 4)
 

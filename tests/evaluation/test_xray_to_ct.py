@@ -15,10 +15,12 @@ import torch
 from PIL import Image
 
 from dataset.intensity import HUWindow
+from dataset.projection import VIEWS
 from ddpm.classifier.network import ClassifierConfig
 from ddpm.conditions import UNKNOWN_LABEL, ConditionBatch
 from ddpm.patient import joined
-from evaluation.held_out import HeldOut, LinearMap, mirrored, open_run, with_xrays_of, without_conditions
+from evaluation.controls import mirrored, with_xrays_of, without_conditions
+from evaluation.held_out import HeldOut, LinearMap, open_run
 from tests.ddpm.tiny import ddpm_command, saved_codec
 from tests.evaluation.test_clinical_judges import saved_judge
 from tests.helpers import ROOT, assert_one_line_error, environment
@@ -203,13 +205,13 @@ def conditions(seed):
 
 def test_a_mirrored_patient_sees_each_cell_on_the_other_side():
     batch = conditions(0)
-    turned = mirrored(batch)
+    turned = mirrored(batch, VIEWS)
     sample = torch.nn.functional.grid_sample
     features = sample(batch.xray[:, 0], batch.ray_grid[:, 0].flatten(1, 2), align_corners=False)
     other = sample(turned.xray[:, 0], turned.ray_grid[:, 0].flatten(1, 2), align_corners=False)
     assert torch.allclose(other, features.flip(-1), atol=1e-6)
     assert turned.xray_present.tolist() == [[True, False]]
-    twice = mirrored(replace(turned, xray_present=batch.xray_present))
+    twice = mirrored(replace(turned, xray_present=batch.xray_present), VIEWS)
     assert torch.equal(twice.xray, batch.xray)
     assert torch.equal(twice.ray_grid, batch.ray_grid)
 
