@@ -5,6 +5,7 @@ python benchmarks/vqgan.py [--quick] [--json FILE] [--device cuda]
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -93,6 +94,7 @@ def prepare_whole_peak(device: str, batch: int, depth: int, height: int, width: 
     """The trainer's own step with both discriminators at work, otherwise as in `prepare_peak`."""
     if device == "cpu":
         return_memory_early()
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     module = our_module("model.discriminator_iter_start=0", "hardware.checkpointing=true")
 
     def step(*shape: int) -> None:
