@@ -93,10 +93,10 @@ def test_t24_hostile_headers_are_refused_before_memory_is_taken(
     store: Path, tmp_path: Path, change: dict[str, object], words: str
 ) -> None:
     content = with_layer(store, change)
-    start = time.monotonic()
+    start = time.process_time()
     with PeakMemory() as memory:
         assert words in refused(tmp_path / "x.b2nd", content)
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
     assert memory.bytes < 100e6
 
 
@@ -165,12 +165,12 @@ def fuzz(
             at = rng.randrange(*place)
             content[at] = rng.choice([0, 255, 127, 128, rng.randrange(256), content[at] ^ (1 << rng.randrange(8))])
         scratch.write_bytes(content[: rng.randrange(len(content))] if rng.random() < 0.1 else content)
-        start = time.monotonic()
+        start = time.process_time()
         try:
             read(scratch)
         except InputError as error:
             refusals += 1 if "\n" not in str(error) else -rounds
-        slowest = max(slowest, time.monotonic() - start)
+        slowest = max(slowest, time.process_time() - start)
     return refusals, slowest
 
 

@@ -174,7 +174,7 @@ def test_report_and_label_reach_the_model_where_they_are_named_alone() -> None:
 
     def volumes(*tell: str) -> dict[str, np.ndarray]:
         held_out = HeldOut(generator, None, Path(), "", tell=tell)  # type: ignore[arg-type]
-        held_out.__dict__ |= {"cases": patients, "views": ("frontal",)}
+        held_out.__dict__.update(cases=patients, views=("frontal",))
         drawn = xray_to_ct.evaluate_case(held_out, 0, 1, Sampling(steps=1), 1)
         return drawn["volumes"] | {"mirrored": drawn["mirrored"]}
 
