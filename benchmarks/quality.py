@@ -73,28 +73,35 @@ def build(name: str) -> tuple[nn.Module, float, int]:
     return ours, 4e-4, ours.codec.config.n_codes
 
 
+def codes_of(model: nn.Module, patches: Tensor) -> Tensor:
+    """Indices of the codes that stand for patches (B, 1, P, P, P)."""
+    if isinstance(model, OurStep):
+        return model.codec(patches).indices
+    assert isinstance(model, ReferenceVQGAN)
+    return model.codebook.nearest(model.encoder(patches).float().movedim(1, -1).flatten(0, -2))
+
+
 @torch.no_grad()
-def score(model: nn.Module, validation: Tensor, n_codes: int) -> tuple[float, float | None]:
-    """Mean PSNR in dB over validation patches, and share of codes used there (None for the reference)."""
+def score(model: nn.Module, validation: Tensor, n_codes: int) -> tuple[float, float]:
+    """Mean PSNR in dB over validation patches, and share of codes used there."""
     model.eval()
     usage, values = CodeUsage(n_codes), []
     for part in validation.split(8):
         with torch.autocast("cpu", torch.bfloat16):
             output = model(part)[0].float().clamp(0, 1)
-            if isinstance(model, OurStep):
-                usage.update(model.codec(part).indices)
+            usage.update(codes_of(model, part))
         values += [psnr(a[0], b[0]) for a, b in zip(output, part, strict=True)]
     model.train()
-    return sum(values) / len(values), usage.usage() if isinstance(model, OurStep) else None
+    return sum(values) / len(values), usage.usage()
 
 
 def train(
     name: str, dataset: VolumeDataset, validation: Tensor, arguments: Namespace
-) -> list[tuple[int, float, float, float | None]]:
+) -> list[tuple[int, float, float, float]]:
     """Train for a time or a number of steps; returns (step, seconds of training, PSNR, usage) along the way."""
     model, learning_rate, n_codes = build(name)
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, (0.9, 0.99), weight_decay=1e-4, fused=True)
-    curve: list[tuple[int, float, float, float | None]] = []
+    curve: list[tuple[int, float, float, float]] = []
     seconds, step, next_score = 0.0, 0, 0.0
 
     def progress() -> float:
@@ -119,8 +126,7 @@ def train(
             next_score += 1 / POINTS
             curve.append((step, seconds, *score(model, validation, n_codes)))
             _, _, decibel, usage = curve[-1]
-            used = "" if usage is None else f", {usage:.1%} of the codes"
-            print(f"{name}: step {step}, {seconds:.0f} s, {decibel:.2f} dB{used}", flush=True)
+            print(f"{name}: step {step}, {seconds:.0f} s, {decibel:.2f} dB, {usage:.1%} of the codes", flush=True)
         if progress() >= 1:
             return curve
     raise AssertionError("the stream of batches is endless")
@@ -148,8 +154,7 @@ def main() -> None:
             rows.append(Row(f"curve {name}: PSNR after {seconds:.0f} s, step {step}", value, "dB"))
         _, seconds, value, usage = curve[-1]
         rows.append(Row(f"{name}: PSNR at the end, {curve[-1][0]} steps, {seconds:.0f} s", value, "dB", reference))
-        if usage is not None:
-            rows.append(Row(f"{name}: codes used on validation patches", usage, "share"))
+        rows.append(Row(f"{name}: codes used on validation patches", usage, "share"))
     print_table(rows)
     if arguments.json:
         write_report(Path(arguments.json), rows)

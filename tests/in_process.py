@@ -9,15 +9,29 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import ModuleType
 
 import pytest
 import torch
 
+from errors import run_command
 from tests.helpers import BASELINE, ROOT, TINY
 
 DDPM = "ddpm/train/train_ddpm.py"
 
 Train = Callable[..., "CompletedProcess[str]"]
+
+
+def call_main(
+    module: ModuleType, *flags: object, check: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> CompletedProcess[str]:
+    """A script's ``main`` on its own command line; its exit code is ``check``."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, flags)])
+    capsys.readouterr()
+    code = run_command(lambda: module.main(module.parse_arguments()))
+    out, err = capsys.readouterr()
+    assert code == check, f"exit {code}\n{out[-2000:]}\n{err[-2000:]}"
+    return CompletedProcess(sys.argv, code, out, err)
 
 
 @pytest.fixture

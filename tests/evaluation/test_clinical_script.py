@@ -11,10 +11,10 @@ from dataclasses import replace
 import pytest
 
 from ddpm.classifier.network import ClassifierConfig
-from errors import run_command
 from tests.ddpm.tiny import ddpm_command, saved_codec
 from tests.evaluation.test_clinical_judges import SMALL, saved_judge
 from tests.helpers import ROOT, assert_one_line_error, environment
+from tests.in_process import call_main
 
 pytestmark = pytest.mark.slow
 SCRIPT = "evaluation/clinical.py"
@@ -52,12 +52,7 @@ def clinical(run, monkeypatch, capsys, tmp_path):
 
     def call(*flags, check=0, classifier=run / "volume.ckpt"):
         given = ["--run", run, "--classifier", classifier, "--output", tmp_path / "result", "--steps", 1, *flags]
-        monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, given)])
-        capsys.readouterr()
-        code = run_command(lambda: script.main(script.parse_arguments()))
-        out, err = capsys.readouterr()
-        assert code == check, f"exit {code}\n{out[-2000:]}\n{err[-2000:]}"
-        return subprocess.CompletedProcess(sys.argv, code, out, err)
+        return call_main(script, *given, check=check, monkeypatch=monkeypatch, capsys=capsys)
 
     return call
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -21,12 +20,12 @@ from dataset.volume_io import Volume, write_nifti
 from ddpm.conditions import UNKNOWN_LABEL
 from ddpm.export_bundle import training_facts
 from ddpm.generate import Generator
-from errors import run_command
 from evaluation import reconstruct, sampler_table, xray_to_ct
 from evaluation.held_out import HeldOut, Sampling, told
 from tests.ddpm.tiny import ddpm_command, saved_codec, tiny_codec
 from tests.evaluation.test_clinical import conditions
 from tests.helpers import assert_one_line_error, environment
+from tests.in_process import call_main
 from tests.inference_model import moved_network
 
 SPLITS = {"train": range(4), "validation": range(4, 6), "test": range(6, 9)}
@@ -66,12 +65,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.chdir(tmp_path / "elsewhere")
 
     def call(module: ModuleType, *flags: object, check: int = 0) -> subprocess.CompletedProcess[str]:
-        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, flags)])
-        capsys.readouterr()
-        code = run_command(lambda: module.main(module.parse_arguments()))
-        out, err = capsys.readouterr()
-        assert code == check, f"exit {code}\n{out[-2000:]}\n{err[-2000:]}"
-        return subprocess.CompletedProcess(sys.argv, code, out, err)
+        return call_main(module, *flags, check=check, monkeypatch=monkeypatch, capsys=capsys)
 
     return call
 
